@@ -1,0 +1,79 @@
+"""A linear head per task on the frozen base, then an expert per task: the whole encoder fine-tuned under that frozen head.
+
+The same head reads base, expert and merged encoders. It is trained on the base because the base is what they all share: a
+head trained with its expert would make the merged models pay for a drift of the head. It sees only the `probe` slice, so the
+`tune` slice still has something to teach. Learning rate and steps were chosen on `dev`; nothing was chosen on `test`.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from encoder import Tensors, embed, embed_texts, token_batches
+from tasks import Example, Task
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+LEARNING_RATE, WARMUP_SHARE = 1e-4, 0.1  # linear up, then linearly down to 0
+STEPS, BATCH = 150, 32
+HEAD_PENALTY = 1e-3
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    weight: Tensor  # (labels, 384)
+    bias: Tensor  # (labels,)
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        return F.linear(embeddings, self.weight, self.bias)
+
+
+def label_tensor(examples: tuple[Example, ...]) -> Tensor:
+    return torch.tensor([example.label for example in examples])
+
+
+def train_head(base: Tensors, tokenizer: Tokenizer, task: Task) -> Head:
+    """Penalised logistic regression on the base's embeddings, to convergence: no seed takes part."""
+    embeddings = embed_texts(base, tokenizer, [example.text for example in task.probe])
+    labels = label_tensor(task.probe)
+    weight = torch.zeros(len(task.labels), embeddings.shape[1], requires_grad=True)
+    bias = torch.zeros(len(task.labels), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(embeddings, weight, bias), labels) + HEAD_PENALTY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return Head(weight=weight.detach(), bias=bias.detach())
+
+
+def fine_tune(base: Tensors, tokenizer: Tokenizer, head: Head, task: Task) -> Tensors:
+    """Every float tensor of the base is trained (AdamW without decay: what gets no gradient stays equal to the base)."""
+    expert = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in base.items()}
+    trained = [tensor for tensor in expert.values() if tensor.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    draw = random.Random(f"{SEED} {task.name}")
+    queue: list[Example] = []
+    for step in range(STEPS):
+        if len(queue) < BATCH:
+            queue = draw.sample(task.tune, len(task.tune))
+        batch, queue = tuple(queue[:BATCH]), queue[BATCH:]
+        rate = LEARNING_RATE * min((step + 1) / (WARMUP_SHARE * STEPS), 1 - step / STEPS)
+        optimizer.param_groups[0]["lr"] = rate
+        ((positions, token_ids, mask),) = token_batches(tokenizer, [example.text for example in batch], size=BATCH)
+        loss = F.cross_entropy(head(embed(expert, token_ids, mask)), label_tensor(batch)[positions])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {name: tensor.detach() for name, tensor in expert.items()}
+
+
+def correct(model: Tensors, tokenizer: Tokenizer, head: Head, examples: tuple[Example, ...]) -> Tensor:
+    """Which examples the model gets right, (len(examples),) bool."""
+    embeddings = embed_texts(model, tokenizer, [example.text for example in examples])
+    return head(embeddings).argmax(dim=1) == label_tensor(examples)

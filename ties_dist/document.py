@@ -1,0 +1,76 @@
+"""A recipe's YAML as plain values: safe loading only, no key twice, every failure a RecipeError that says where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import yaml
+
+from ties_dist.errors import RecipeError
+
+_LARGEST_BYTES = 16 << 20
+"""A recipe is a few KB; a checkpoint passed in its place must not be read into memory."""
+
+
+def read_document(source: Path | str | Mapping[str, object]) -> tuple[Mapping[str, object], str, Path]:
+    """The document, what to call it in messages, and the folder that relative paths start from."""
+    title, folder = "the recipe", Path.cwd()
+    document: object = source
+    if isinstance(source, Path):
+        title, folder = f"recipe '{source}'", source.absolute().parent
+        document = _parse(_read_text(source, title), title)
+    elif isinstance(source, str):
+        document = _parse(source, title)
+    if document is None:
+        raise RecipeError(f"{title} is empty; it needs at least `merge_method` and `models`")
+    if not isinstance(document, Mapping):
+        hint = " (to read a file, pass a Path)" if isinstance(source, str) and isinstance(document, str) else ""
+        raise RecipeError(f"{title} must be a mapping of keys to values, found {short(document)}{hint}")
+    return document, title, folder
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; YAML itself lets the last win, silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Checked while composing, before merge keys (`<<`) bring in keys that may rightly be overridden.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+
+def _read_text(path: Path, title: str) -> str:
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_BYTES:
+            raise RecipeError(f"{title} is {size:,} bytes long: that is not a recipe")
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{title} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{title} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{title} cannot be read: {error.strerror}") from error
+
+
+def _parse(text: str, title: str) -> object:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = ", ".join(part for part in (error.context, error.problem) if part) or "cannot be parsed"
+        if "for the tag" in problem:
+            problem += "; a recipe holds plain values, tags are refused and never run"
+        raise RecipeError(f"{title}{place}: {problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{title} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{title} is not a recipe: it is nested too deeply") from None

@@ -1,0 +1,183 @@
+"""The conductor: from a prepared job to a published model, resuming whatever an interrupted run left in OUT."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ties_dist.errors import CheckpointError, NumericError, listing
+from ties_dist.executors.base import Executor
+from ties_dist.journal import Journal, Record, pack, read_journals
+from ties_dist.lock import RunLock
+from ties_dist.passes import Passes
+from ties_dist.prepare import Job, models_of, stamp_inputs
+from ties_dist.progress import Progress, phase
+from ties_dist.publish import OutFolder, companion_files, model_card, publish
+from ties_dist.report import MergeReport
+from ties_dist.resume import check_space, claim
+from ties_dist.statistics import StatisticsStore
+from ties_dist.storage.local import LocalWriter, open_reader
+from ties_dist.summary import describe
+from ties_dist.threshold import Cuts, ModelCut
+from ties_dist.work import MergeResult, Worker, block_digests
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DurableKeeper:
+    """Group commit: bytes are synced first, then their journal lines; both only while the lock is ours."""
+
+    lock: RunLock
+    writer: LocalWriter
+    journal: Journal
+
+    def thresholds(self, cuts: Sequence[ModelCut]) -> None:
+        self.journal.thresholds(cuts)
+        self.journal.commit()
+
+    def cuts(self, cuts: Mapping[str, Cuts]) -> None:
+        for tensor, found in cuts.items():
+            self.journal.cuts(tensor, found)
+        self.journal.commit()
+
+    def merged(self, results: Sequence[MergeResult]) -> None:
+        self.lock.check()
+        self.writer.sync(sorted({r.unit.shard for r in results}))
+        for result in results:
+            self.journal.merged(result)
+        self.journal.commit()
+
+
+def run(
+    job: Job,
+    out: Path,
+    *,
+    executor: Executor,
+    progress: Progress,
+    store: StatisticsStore | None = None,
+    fresh: bool = False,
+    overwrite: bool = False,
+    wait: bool = False,
+    trust_journal: bool = False,
+    stop: threading.Event | None = None,
+) -> MergeReport:
+    """Merge a prepared job into OUT. trust_journal: take journalled ranges over without reading them again.
+
+    Raises OutputError, LockedError, PlanError, NumericError, CheckpointError, StoppedError, ProofError.
+    """
+    began = time.monotonic()
+    folder = OutFolder(path=out, fingerprint=job.plan.fingerprint)
+    folder.check([Path(m.path) for m in (job.plan.base, *job.plan.experts, *job.plan.extras)])
+    lock = RunLock(folder.state)
+    lock.acquire(wait=wait, stop=stop)
+    try:
+        if (done := claim(folder, job, fresh=fresh, overwrite=overwrite)) is not None:
+            return done
+        check_space(folder, job)
+        writer = LocalWriter(folder.parts, folder.path)
+        try:
+            keeper = DurableKeeper(lock, writer, Journal(folder.run / f"journal-{lock.token}.jsonl"))
+            passes = Passes(
+                plan=job.plan,
+                worker=Worker(job.plan, lambda path: open_reader(path, job.resources.backend), job.resources.kernel),
+                executor=executor,
+                writer=writer,
+                keeper=keeper,
+                progress=progress,
+                store=store,
+                scan_checkpoint=folder.run / "scan.npz",
+            )
+            return _merge(job, folder, passes, keeper, trust_journal=trust_journal, began=began)
+        finally:
+            writer.close()
+    finally:
+        lock.release()
+
+
+def _merge(
+    job: Job, folder: OutFolder, passes: Passes, keeper: DurableKeeper, *, trust_journal: bool, began: float
+) -> MergeReport:
+    record = read_journals(folder.run)
+    if not record.publishing:  # afterwards some files have their final names already
+        for shard in job.plan.layout.shards:
+            keeper.writer.create(shard.name, shard.size)
+    passes.cuts |= record.cuts
+    passes.find_thresholds(record.thresholds)
+    resumed = _take_over(passes, keeper.writer, record, trust=trust_journal)
+    passes.merge_missing()
+    passes.settle_majority()
+    passes.prove()
+    try:
+        passes.check_numbers()
+        _check_inputs(job)
+    except (NumericError, CheckpointError):
+        shutil.rmtree(folder.run, ignore_errors=True)  # of no use to any later run
+        raise
+    blocks = _blocks(job, passes)
+    report = describe(
+        job,
+        passes.totals,
+        passes.model_cuts,
+        passes.results.values(),
+        blocks,
+        bytes_read=passes.worker.requested_bytes,
+        elapsed_seconds=time.monotonic() - began,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        resumed_units=resumed,
+        redone_units=passes.redone,
+        kernel=passes.worker.kernel.kind,
+        executor=passes.executor.name,
+        thresholds_from=passes.thresholds_from,
+        phases=passes.phases,
+    )
+    companions = companion_files(job.base_path, job.recipe, model_card(job.recipe, report))
+    keeper.journal.publishing()
+    keeper.journal.commit()
+    origin = {
+        "models": {m.text: os.path.relpath(m.path, folder.path) for m in models_of(job.recipe)},
+        "max_shard_bytes": job.max_shard_bytes,
+        "thresholds": pack(passes.model_cuts),
+        "majority": report.majority_sign,
+    }
+    publish(folder, job.plan.layout, blocks, report, companions, origin, keeper.lock.check)
+    return report
+
+
+def _take_over(passes: Passes, writer: LocalWriter, record: Record, *, trust: bool) -> int:
+    """Accept journalled ranges that today's thresholds would give and whose bytes are still what they were."""
+    chosen = record.covering(r for r in record.merged if passes.is_current(r))
+    if not chosen:
+        return 0
+    with phase(passes.progress, "check", sum(r.unit.nbytes for r in chosen)):
+        for result in chosen:
+            unit = result.unit
+            if trust or block_digests(writer.read(unit.shard, unit.start, unit.stop)) == result.blocks:
+                passes.results[unit] = result
+            passes.progress.advance(unit.nbytes)
+    logger.info("resuming: %d of %d journalled units stand", len(passes.results), len(chosen))
+    return len(passes.results)
+
+
+def _check_inputs(job: Job) -> None:
+    """Raises CheckpointError where an input file was changed while it was read."""
+    now = stamp_inputs([job.plan.base, *job.plan.experts, *job.plan.extras])
+    if changed := sorted(name for name, stamp in job.stamps.items() if now.get(name) != stamp):
+        raise CheckpointError(
+            listing("inputs were changed while they were merged:", changed, "Nothing was published. Run again.")
+        )
+
+
+def _blocks(job: Job, passes: Passes) -> dict[str, list[str]]:
+    """Digests of every 1 MiB block of every shard, in file order."""
+    blocks: dict[str, list[str]] = {shard.name: [] for shard in job.plan.layout.shards}
+    for unit in sorted(passes.results):
+        blocks[unit.shard].extend(passes.results[unit].blocks)
+    return blocks

@@ -1,0 +1,84 @@
+"""Every error the package raises on purpose.
+
+    TiesDistError
+    |-- RecipeError        (ValueError)       the recipe says something wrong, unknown or not supported yet     exit 2
+    |-- CheckpointError    (ValueError)       an input is malformed, or base and experts do not fit together    exit 2
+    |-- PlanError          (ValueError)       the work does not fit the memory, the disk or a limit             exit 2
+    |-- OutputError        (OSError)          OUT cannot be used or written                                     exit 2
+    |   `-- LockedError                       another run holds OUT                                             exit 2
+    |-- NumericError       (ArithmeticError)  NaN or Inf in an input or an output                               exit 2
+    |-- DamageError        (RuntimeError)     `verify` found bytes that are not what was written                exit 2
+    |-- StoppedError       (RuntimeError)     told to stop; the same command resumes                            exit 75
+    `-- ProofError         (RuntimeError)     counts contradict a threshold: a bug or damaged inputs            exit 1
+
+The command line prints the message of any of these without a traceback and exits with `exit_status`.
+Messages say what is wrong with which thing, what was found and expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+class TiesDistError(Exception):
+    """Root of the package's exceptions; `exit_status` is what the command line exits with."""
+
+    exit_status: ClassVar[int] = 2
+
+
+class RecipeError(TiesDistError, ValueError):
+    """The recipe says something wrong, unknown or not supported yet."""
+
+
+class CheckpointError(TiesDistError, ValueError):
+    """An input is malformed, or base and experts do not fit together."""
+
+
+class PlanError(TiesDistError, ValueError):
+    """The work does not fit the memory budget, the disk or a stated limit."""
+
+
+class OutputError(TiesDistError, OSError):
+    """OUT cannot be used or written."""
+
+
+class LockedError(OutputError):
+    """Another run holds OUT."""
+
+
+class NumericError(TiesDistError, ArithmeticError):
+    """NaN or Inf in an input, or a non-finite output from finite inputs."""
+
+
+class DamageError(TiesDistError, RuntimeError):
+    """Bytes on disk are not the bytes that were written."""
+
+
+class StoppedError(TiesDistError, RuntimeError):
+    """The run was told to stop; its work is kept and the same command resumes it."""
+
+    exit_status: ClassVar[int] = 75
+
+
+class ProofError(TiesDistError, RuntimeError):
+    """The counts of a merge contradict its threshold: a bug, or inputs that changed while they were read."""
+
+    exit_status: ClassVar[int] = 1
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for an error message: the nearest known word, or the whole (short) list."""
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "known: " + ", ".join(known)
+
+
+def listing(title: str, problems: Sequence[str], advice: str = "", *, limit: int = 20) -> str:
+    """One message for all problems of a phase: a title, up to `limit` indented lines, and what to do."""
+    lines = [f"  {p}" for p in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit} more")
+    return "\n".join([title, *lines, *([advice] if advice else [])])

@@ -1,0 +1,1 @@
+"""How units are run: on this machine (`local`), later on a Ray cluster."""

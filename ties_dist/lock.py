@@ -1,0 +1,193 @@
+"""One driver per OUT: a lock that names its holder, and a lease that shows it alive.
+
+A plain shared file system cannot enforce a fencing token, so the lock only keeps honest drivers apart; late writers are
+made harmless elsewhere (identical bytes, own journals, the token checked before each commit and rename; design.md).
+A provably dead holder (same boot and process namespace, process gone) is replaced at once, another one after its lease
+stood still for a minute by our own clock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from ties_dist.errors import LockedError, StoppedError
+from ties_dist.storage.local import output_error, write_durably
+
+HEARTBEAT_SECONDS = 5.0
+LEASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds a lock. boot and namespace make a process id comparable; started tells a recycled one."""
+
+    token: str
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    started: float
+    since: str
+
+    @classmethod
+    def myself(cls) -> Holder:
+        return cls(
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            boot=_first_line("/proc/sys/kernel/random/boot_id"),
+            namespace=_link("/proc/self/ns/pid"),
+            pid=os.getpid(),
+            started=psutil.Process().create_time(),
+            since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    def is_dead(self, me: Holder) -> bool:
+        """Whether it is certain from here that the holder is gone."""
+        if self.host != me.host or self.namespace != me.namespace:
+            return False
+        if self.boot != me.boot:
+            return True
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
+        except psutil.NoSuchProcess:
+            return True
+
+
+@dataclass
+class RunLock:
+    """Held from `acquire` to `release`; `check` raises once another driver has taken over."""
+
+    folder: Path
+    lease_seconds: float = LEASE_SECONDS
+    me: Holder = field(default_factory=Holder.myself)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _beating: threading.Thread | None = None
+
+    @property
+    def token(self) -> str:
+        return self.me.token
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "lock"
+
+    def acquire(self, *, wait: bool = False, stop: threading.Event | None = None) -> None:
+        """Take the lock. Raises LockedError naming a living holder, unless told to wait for it; StoppedError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_durably(self._lease(self.token), "0")
+        except OSError as error:
+            raise output_error(error, self.folder) from error
+        self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._beating.start()
+        watched: dict[str, tuple[str, float]] = {}
+        while not self._try(watched, wait=wait):
+            time.sleep(min(1.0, self.lease_seconds / 10))
+            if stop is not None and stop.is_set():
+                self.release()
+                raise StoppedError("stopped while waiting for the other run; nothing was done.")
+
+    def _try(self, watched: dict[str, tuple[str, float]], *, wait: bool) -> bool:
+        with self._guard():
+            holder = self.holder()
+            if holder is None or holder.is_dead(self.me) or self._expired(holder, watched, wait=wait):
+                write_durably(self.path, json.dumps(asdict(self.me)))
+                if holder is not None:
+                    self._lease(holder.token).unlink(missing_ok=True)
+                # Where the file system has no flock, two takers may both get here: the later write wins.
+                time.sleep(0 if self._guarded else 0.2)
+                current = self.holder()
+                return current is not None and current.token == self.token
+        return False
+
+    def _expired(self, holder: Holder, watched: dict[str, tuple[str, float]], *, wait: bool) -> bool:
+        """Whether the lease stood still long enough; raises as soon as it is seen to move."""
+        lease = ""
+        with suppress(OSError):
+            lease = self._lease(holder.token).read_text()
+        before, since = watched.setdefault(holder.token, (lease, time.monotonic()))
+        local = holder.host == self.me.host and holder.namespace == self.me.namespace
+        if not wait and (local or lease != before):
+            self.release()
+            raise LockedError(
+                f"another run is merging into {self.folder.parent}: {holder}. Wait for its end (`--wait` does), or "
+                "choose another OUT."
+            )
+        if lease != before:
+            watched[holder.token] = (lease, time.monotonic())
+        return not local and time.monotonic() - since > self.lease_seconds and lease == before
+
+    def holder(self) -> Holder | None:
+        try:
+            return Holder(**json.loads(self.path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            return None  # never torn by us: written by rename
+
+    def check(self) -> None:
+        """Raises LockedError where another driver has taken OUT over; its results are the same, ours are not needed."""
+        current = self.holder()
+        if current is None or current.token != self.token:
+            raise LockedError(
+                f"this run lost {self.folder.parent} to {current or 'another run'}, which goes on with the same work."
+            )
+
+    def release(self) -> None:
+        self._stop.set()
+        if self._beating is not None:
+            self._beating.join()
+        with self._guard():
+            current = self.holder()
+            if current is not None and current.token == self.token:
+                self.path.unlink(missing_ok=True)
+        self._lease(self.token).unlink(missing_ok=True)
+
+    def _lease(self, token: str) -> Path:
+        return self.folder / f"lease-{token}"
+
+    def _beat(self) -> None:
+        beats = 0
+        while not self._stop.wait(min(HEARTBEAT_SECONDS, self.lease_seconds / 4)):
+            beats += 1
+            with suppress(OSError):  # a full disk stops the merge where it writes, with a message
+                self._lease(self.token).write_text(str(beats))
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Serialises take-overs on this machine, and on network file systems with flock."""
+        self._guarded = False
+        with open(self.folder / "lock.guard", "wb") as guard:
+            with suppress(OSError):
+                fcntl.flock(guard, fcntl.LOCK_EX)
+                self._guarded = True
+            yield
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

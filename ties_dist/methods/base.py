@@ -1,0 +1,132 @@
+"""What a merge method is: a frozen dataclass whose fields are its options, and one elementwise function.
+
+The function is plain torch and loops over experts in recipe order: a stacked `sum` changes bits with the slice
+width (facts.md). Everything numeric enters as a tensor, so that one compiled kernel serves every tensor of a model.
+A method knows nothing of files, units or recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ties_dist.parameter import Parameter
+
+State = dict[str, Tensor]
+"""The numbers one slice is merged with, by name: float32, 0-d or (experts,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How one expert is trimmed inside one slice.
+
+    threshold: the exact order statistic of |delta|. keep: entries with |delta| >= keep survive; equal to the
+    threshold where ties are kept, the next float above it where they are not, inf where nothing is.
+    """
+
+    threshold: float
+    keep: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimRule:
+    """Which order statistic a method asks for (semantics.md, Trim)."""
+
+    scope: Literal["model", "tensor"]
+    tie_policy: Literal["keep_all", "exact_k"]
+    at_least: int = 0
+    """mergekit keeps at least one entry of every tensor."""
+
+    def kept(self, numel: int, density: float) -> int:
+        """k: entries to keep of `numel`, int(numel * density) in float64 as the published codes compute it."""
+        return min(numel, max(self.at_least, int(numel * density)))
+
+    def rank(self, numel: int, density: float) -> int | None:
+        """1-based rank, from the largest, of the threshold among `numel` magnitudes.
+
+        None: no threshold, everything is kept. 0: nothing is kept. keep_all takes the (d-k)-th smallest, which is
+        the (k+1)-th largest: without ties k+1 entries survive, as in the published `kthvalue(d - k)`, `>=`.
+        """
+        k = self.kept(numel, density)
+        if k >= numel:
+            return None
+        return k + 1 if self.tie_policy == "keep_all" else k
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base class of every merge method; a frozen value, so that it can key a compiled kernel.
+
+    operand: what `merge` gets of each expert: its delta to the base, or its weights as they are.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    operand: ClassVar[Literal["delta", "weight"]]
+    parameters: ClassVar[tuple[Parameter, ...]]
+    options: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object], parameters: Mapping[str, float]) -> Method:
+        """The method a recipe describes. options: the `ties_dist:` block after presets; parameters: constant ones."""
+        return cls()
+
+    @property
+    def trim(self) -> TrimRule | None:
+        """The thresholds this method needs, if any."""
+        return None
+
+    @property
+    def asks_majority(self) -> bool:
+        """Whether exact cancellations take the sign of the whole model's election."""
+        return False
+
+    def check(self, experts: Sequence[Mapping[str, float]]) -> None:
+        """Raises ValueError where the numbers of one tensor's experts cannot be merged with."""
+
+    def state(
+        self,
+        parameters: Mapping[str, float],
+        experts: Sequence[Mapping[str, float]],
+        cuts: Sequence[Cut],
+        majority: int,
+    ) -> State:
+        """The tensors `merge` needs for one slice. cuts: empty for methods without a trim; majority: +1 or -1."""
+        raise NotImplementedError
+
+    def counters(self, experts: int) -> tuple[str, ...]:
+        """Names of what `merge` counts, in its order."""
+        return ()
+
+    def merge(
+        self, base: Tensor, operands: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Merge one slice.
+
+        base: (n,) float32. operands: per expert (n,) float32, deltas or weights. extras: side tensors (n,) float32.
+        position: 0-d int64, flat index in its tensor of the slice's first element.
+        Returns the merged (n,) float32 and 0-d int64 counters named by `counters`.
+        """
+        raise NotImplementedError
+
+
+def float32(values: Sequence[float]) -> Tensor:
+    """Numbers of a recipe, each rounded once to float32."""
+    return torch.tensor(list(values), dtype=torch.float32)
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum of a few numbers, 0-d float32, in their order: the one order every sum here is taken in."""
+    result = torch.zeros(())
+    for value in values:
+        result = result + value
+    return result
+
+
+WEIGHT = Parameter(name="weight", default=1.0, per_model=True, per_tensor=True, note="factor of this expert")
+LAMBDA = Parameter(name="lambda", default=1.0, per_tensor=True, note="scale of the merged delta")
+INT8_MASK = Parameter(name="int8_mask", kind="bool", default=False, ignored=True, note="masks are never stored here")

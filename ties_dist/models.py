@@ -1,0 +1,131 @@
+"""Where the models of a recipe are: local folders or safetensors files, else repositories of the Hugging Face hub.
+
+Finding (`locate`) is split from downloading (`fetch`), so that a misspelt key is reported before gigabytes move.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ties_dist.errors import RecipeError
+
+# `org/name` or `org/name@revision`; the hub's own rule is [\w.-]+, and a leading dot would be a path.
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
+
+# Weights, and the companion files that a merged model is published with; not the duplicates in other formats.
+_WANTED = (
+    *("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.py", "*.jinja"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+_UNWANTED = ("*/*.safetensors", "consolidated*", "original/*", "onnx/*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReference:
+    """One input model, found."""
+
+    text: str
+    """As written in the recipe."""
+    name: str
+    """Short, unique among the recipe's models, for people."""
+    path: Path
+    """Absolute: a folder, or a `.safetensors` file."""
+    revision: str | None = None
+    """Of a hub id that names one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """A model reference understood, not yet downloaded. Equal to another that means the same model."""
+
+    identity: tuple[str, str | None]
+    """(real path, None) or (repository, revision)."""
+    text: str = field(compare=False)
+    path: Path | None = field(default=None, compare=False)
+    """None: on the hub."""
+    where: str = field(default="", compare=False)
+    tried: tuple[Path, ...] = field(default=(), compare=False)
+
+    @property
+    def revision(self) -> str | None:
+        """Of a hub id that names one."""
+        return self.identity[1]
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the path; a file's name without its suffix, or its folder's where that is just `model`."""
+        if self.path is None:
+            return self.identity[0].rpartition("/")[2]
+        path = self.path if self.path.name not in ("", "..") else self.path.resolve()
+        if path.suffix == ".safetensors":
+            path = path.parent if path.stem == "model" else path.with_suffix("")
+        return path.name or "model"
+
+
+def locate(text: str, roots: Sequence[Path], where: str = "") -> Location | str:
+    """The model a text names, or what is wrong with it. Relative paths are looked up in each root, in order.
+
+    A path that exists wins over a hub id, as in mergekit; two different ones that exist are ambiguous.
+    """
+    written = Path(os.path.expanduser(text))
+    tried = tuple(dict.fromkeys(root.absolute() / written for root in roots))
+    existing = [path for path in tried if os.path.exists(path)]
+    if len({path.resolve() for path in existing}) > 1:
+        return f"'{text}' is ambiguous: {existing[0]} and {existing[1]} both exist; write one of them in full"
+    if existing:
+        path = existing[0]
+        if path.is_dir() or path.suffix == ".safetensors":
+            return Location(identity=(str(path.resolve()), None), text=text, path=path, where=where, tried=tried)
+        return f"'{text}' is neither a folder nor a .safetensors file; name the folder that holds the model"
+    if "+" in text:
+        return f"'{text}': adapters (`base+lora`) are a mergekit feature that ties_dist does not support yet"
+    match = _HUB_ID.fullmatch(text)
+    if match is None or text.endswith(".safetensors"):
+        return f"'{text}' is not there (no {_places(tried)}), and it is not a hub id (`org/name`, `org/name@revision`)"
+    return Location(identity=(match["repo"], match["revision"]), text=text, where=where, tried=tried)
+
+
+def fetch(location: Location) -> Path:
+    """The model's folder or file, downloaded if need be. Raises RecipeError naming both interpretations tried.
+
+    huggingface_hub decides on cache, offline mode (HF_HUB_OFFLINE) and credentials.
+    """
+    if location.path is not None:
+        return location.path
+    from huggingface_hub import snapshot_download  # here, because importing it costs a second of `--help`
+
+    repository, revision = location.identity
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+        )
+    except Exception as error:  # the hub's, the network's and the disk's errors share no root
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise RecipeError(
+            f"{location.where}: '{location.text}' is neither a local path (no {_places(location.tried)}) nor could "
+            f"'{repository}'{f' at revision {revision!r}' if revision else ''} be fetched from the Hugging Face hub: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    return Path(folder).absolute()
+
+
+def _places(tried: Sequence[Path]) -> str:
+    return " or ".join(str(path) for path in tried)
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """The name, or the first free of `name#2`, `name#3`, ...; marks it as taken."""
+    free = name
+    repetition = 1
+    while free in taken:
+        repetition += 1
+        free = f"{name}#{repetition}"
+    taken.add(free)
+    return free

@@ -1,0 +1,112 @@
+"""The `ties_dist:` block: where the public TIES codes disagree, each difference is an option (semantics.md).
+
+Presets name the code they reproduce and fill what the recipe leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from reprlib import repr as short
+from typing import Annotated, Literal, cast, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ties_dist.errors import nearest
+
+Semantics = Literal["paper", "mergekit", "peft"]
+
+
+class Options(BaseModel):
+    """The block after presets. The defaults here are the paper's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    semantics: Semantics = "paper"
+    trim_scope: Literal["model", "tensor"] = "model"
+    tie_policy: Literal["keep_all", "exact_k"] = "keep_all"
+    elect: Literal["mass", "count", "none"] = "mass"
+    elect_from: str | None = None
+    """The model as written; `Recipe.elect_from` says where it is."""
+    zero_sign: Literal["majority", "positive", "drop"] = "majority"
+    weight_before_elect: bool = True
+    aggregate: Literal["mean", "sum", "max", "average"] = "mean"
+    exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    vocab: Literal["error", "truncate"] = "error"
+    non_float: Literal["error", "base"] = "error"
+
+
+COMMON_OPTIONS = frozenset(("semantics", "exclude", "vocab", "non_float"))
+"""Those that every method understands."""
+
+PRESETS: Mapping[Semantics, Mapping[str, object]] = {
+    "paper": {},
+    "mergekit": {"trim_scope": "tensor", "tie_policy": "exact_k", "zero_sign": "positive"},
+    "peft": {
+        "trim_scope": "tensor",
+        "tie_policy": "exact_k",
+        "zero_sign": "positive",
+        "weight_before_elect": False,
+    },
+}
+
+PRESET_DEFAULTS: Mapping[Semantics, Mapping[str, float | None]] = {
+    "paper": {},
+    "mergekit": {"density": 1.0, "weight": None},
+    "peft": {},
+}
+"""Parameters whose default differs from the method's own; None: the recipe must give it."""
+
+_MERGEKIT_WOULD = {
+    "trim_scope": "trim every tensor by itself instead of the whole model at once",
+    "tie_policy": "keep exactly the share asked for, cutting through equal values",
+    "zero_sign": "elect + where the experts cancel exactly",
+}
+
+
+def complete_options(
+    block: Mapping[str, object], override: str | None, problems: list[str], notes: list[str]
+) -> Options:
+    """The block (known keys only) completed by the preset it names, or by `override`, the command line's."""
+    given = dict(block)
+    if isinstance(given.get("exclude"), list):
+        given["exclude"] = tuple(cast("list[object]", given["exclude"]))
+    if override is not None:
+        if override not in PRESETS:
+            problems.append(f"--semantics: no semantics '{override}'; {nearest(override, list(PRESETS))}")
+            override = "paper"
+        elif given.get("semantics", override) != override:
+            notes.append(f"--semantics {override} overrides `semantics: {given['semantics']}` of the recipe.")
+        given["semantics"] = override
+    named = given.get("semantics", "paper")
+    preset = PRESETS[cast(Semantics, named)] if isinstance(named, str) and named in PRESETS else {}
+    try:
+        return Options.model_validate({**preset, **given})
+    except ValidationError as error:
+        problems += [_problem(e["loc"], e["type"], e["input"], e["msg"]) for e in error.errors()]
+        return Options()
+
+
+def default_semantics_note(options: Options, given: frozenset[str]) -> str:
+    """What a recipe that names no semantics gets, and what mergekit's would do differently."""
+    would = [
+        words
+        for name, words in _MERGEKIT_WOULD.items()
+        if name not in given and getattr(options, name) != PRESETS["mergekit"][name]
+    ]
+    would.append("require a weight for every expert and take density 1 where none is given")
+    return f"No semantics named, so `paper`; `--semantics mergekit` would {'; '.join(would)}."
+
+
+def _problem(location: tuple[str | int, ...], kind: str, value: object, message: str) -> str:
+    """One line from one of pydantic's errors."""
+    name = str(location[0])
+    where = f"ties_dist.{name}" + "".join(f"[{part}]" for part in location[1:])
+    if kind == "literal_error":
+        choices = [str(choice) for choice in get_args(Options.model_fields[name].annotation)]
+        return (
+            f"{where}: no value {short(value)}; {nearest(value if isinstance(value, str) else short(value), choices)}"
+        )
+    expected = {"bool_type": "true or false", "tuple_type": "a list of name patterns", "string_type": "text"}
+    if kind in expected:
+        return f"{where}: must be {expected[kind]}, found {short(value)}"
+    return f"{where}: {message}"

@@ -1,0 +1,219 @@
+"""The passes of a merge: thresholds, merge, redo, proof. Where results are kept is the keeper's matter."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ties_dist.errors import NumericError, ProofError, listing
+from ties_dist.executors.base import Executor
+from ties_dist.plan import MergePlan, Unit
+from ties_dist.progress import Progress, phase
+from ties_dist.scan import Scan
+from ties_dist.statistics import StatisticsStore
+from ties_dist.storage.base import Writer
+from ties_dist.summary import Totals
+from ties_dist.threshold import Cuts, ModelCut
+from ties_dist.work import MergeResult, MergeTask, Worker
+
+logger = logging.getLogger(__name__)
+
+COMMIT_SECONDS = 2.0
+"""Units finished in between are made durable together."""
+
+
+class Keeper(Protocol):
+    """Remembers what a run found, so that an interrupted one can go on."""
+
+    def thresholds(self, cuts: Sequence[ModelCut]) -> None: ...
+
+    def cuts(self, cuts: Mapping[str, Cuts]) -> None: ...
+
+    def merged(self, results: Sequence[MergeResult]) -> None: ...
+
+
+class Forgetful:
+    """Keeps nothing: for merges in memory."""
+
+    def thresholds(self, cuts: Sequence[ModelCut]) -> None: ...
+
+    def cuts(self, cuts: Mapping[str, Cuts]) -> None: ...
+
+    def merged(self, results: Sequence[MergeResult]) -> None: ...
+
+
+@dataclass
+class Passes:
+    """One merge in progress. results: the units whose bytes are written, by range; cuts: thresholds by tensor."""
+
+    plan: MergePlan
+    worker: Worker
+    executor: Executor
+    writer: Writer
+    keeper: Keeper
+    progress: Progress
+    store: StatisticsStore | None = None
+    scan_checkpoint: Path | None = None
+    results: dict[Unit, MergeResult] = field(default_factory=dict)
+    model_cuts: tuple[ModelCut, ...] = ()
+    cuts: dict[str, Cuts] = field(default_factory=dict)
+    thresholds_from: str | None = None
+    redone: int = 0
+    sign_sum: int = 0
+    """Of this run's units so far: a guess at the majority sign, proven or redone at the end."""
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def _per_tensor(self) -> bool:
+        return self.plan.method.trim is not None and self.plan.method.trim.scope == "tensor"
+
+    @property
+    def totals(self) -> Totals:
+        return Totals.of(self.plan, self.results.values())
+
+    def find_thresholds(self, known: Sequence[ModelCut] | None = None) -> None:
+        """Whole-model thresholds, once for all units. known: those that an interrupted run has found.
+
+        Thresholds of single tensors are found group by group, just before their tensors merge.
+        """
+        if self.plan.method.trim is None:
+            return
+        if self._per_tensor:
+            self.thresholds_from = "scan"
+        elif known is not None:
+            self._spread(known, "journal")
+        else:
+            self._scan()
+
+    def _scan(self) -> None:
+        with self._timed("scan"):
+            scan = self._scanner()
+            found = scan.whole_model()
+        self._spread(found, scan.source)
+        self.keeper.thresholds(found)
+
+    def _scanner(self) -> Scan:
+        return Scan(self.plan, self.worker, self.executor, self.progress, self.store, self.scan_checkpoint)
+
+    def _spread(self, cuts: Sequence[ModelCut], source: str) -> None:
+        self.model_cuts, self.thresholds_from = tuple(cuts), source
+        self.cuts = {t.source: tuple(c.of(t.source, t.numel) for c in cuts) for t in self.plan.counted}
+
+    def task(self, unit: Unit, majority: int = 1) -> MergeTask:
+        tensors = self.plan.tensors_of(unit) if self.plan.method.trim else ()
+        return MergeTask(unit=unit, cuts={t: self.cuts[t] for t in tensors}, majority=majority)
+
+    def is_current(self, result: MergeResult) -> bool:
+        """Whether a result was computed with today's thresholds."""
+        if self._per_tensor and not self.plan.tensors_of(result.unit) <= self.cuts.keys():
+            return False
+        return self.task(result.unit).state_digest == result.state_digest
+
+    def merge_missing(self) -> None:
+        """Merge what no result covers, taking the majority sign of the units so far for the final one."""
+        done: dict[str, list[tuple[int, int]]] = {}
+        for unit in self.results:
+            done.setdefault(unit.shard, []).append((unit.start, unit.stop))
+        missing = list(self.plan.units(done))
+        with self._timed("merge"), phase(self.progress, "merge", sum(u.nbytes for u in missing)):
+            for group in self._groups(missing):
+                self._merge(group)
+
+    def _groups(self, units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
+        """All units at once; or, where tensors have thresholds of their own, budget-sized groups behind a selection.
+
+        The second read of a group then comes from the page cache, not from the disk.
+        """
+        if not self._per_tensor:
+            yield units
+            return
+        group: list[Unit] = []
+        tensors: set[str] = set()
+        for i, unit in enumerate(units):
+            group.append(unit)
+            tensors |= self.plan.tensors_of(unit) - self.cuts.keys()
+            group_bytes = sum(self.plan.sizes[t] for t in tensors) * 4 * len(self.plan.operands)
+            if group_bytes >= self.plan.memory_budget // 2 or i == len(units) - 1:
+                self.select_for(group)
+                yield group
+                group, tensors = [], set()
+
+    def select_for(self, units: Iterable[Unit]) -> None:
+        """Find the thresholds of the tensors these units touch, where each tensor has its own."""
+        if self._per_tensor:
+            touched = {t for unit in units for t in self.plan.tensors_of(unit)} - self.cuts.keys()
+            found = self._scanner().per_tensor(sorted(touched))
+            self.cuts |= found
+            self.keeper.cuts(found)
+
+    def _merge(self, units: Iterable[Unit], majority: int | None = None) -> None:
+        pending: list[MergeResult] = []
+        last = time.monotonic()
+        tasks = (self.task(unit, majority or (1 if self.sign_sum >= 0 else -1)) for unit in units)
+        try:
+            for result in self.executor.map_unordered(self.worker.merge_step(self.writer), tasks):
+                pending.append(result)
+                self.sign_sum += result.sign_sum
+                self.progress.advance(result.unit.nbytes)
+                if time.monotonic() - last > COMMIT_SECONDS:
+                    self._keep(pending)
+                    pending, last = [], time.monotonic()
+        finally:
+            self._keep(pending)
+
+    def _keep(self, results: Sequence[MergeResult]) -> None:
+        if results:
+            self.keeper.merged(results)
+            self.results |= {r.unit: r for r in results}
+
+    def _redo(self, units: Sequence[Unit], *, majority: int | None, reason: str) -> None:
+        if units:
+            logger.info("%s: redoing %d of %d units", reason, len(units), len(self.results))
+            with self._timed("redo"), phase(self.progress, "redo", sum(u.nbytes for u in units)):
+                self._merge(sorted(units), majority=majority)
+            self.redone += len(units)
+
+    def settle_majority(self) -> None:
+        """Redo the units with exact cancellations, if the majority sign turned out not to be what they assumed."""
+        if self.plan.method.asks_majority:
+            sign = self.totals.majority
+            wrong = [r.unit for r in self.results.values() if r.dependent and r.majority != sign]
+            self._redo(wrong, majority=sign, reason=f"the majority sign is {sign:+d}")
+
+    def prove(self) -> None:
+        """Raises ProofError unless the entries counted above and at each threshold prove it (design.md, promise 2).
+
+        Thresholds from a stale cache entry are dropped, found by a scan, and what they changed is redone.
+        """
+        wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
+        if wrong and self.thresholds_from == "cache" and self.store is not None:
+            logger.warning("cached statistics are stale (%s): counting again", wrong[0])
+            for i in range(len(self.plan.experts)):
+                self.store.discard(self.store.key(self.plan, i))
+            self._scan()
+            stale = [r.unit for r in self.results.values() if not self.is_current(r)]
+            self._redo(stale, majority=None, reason="thresholds changed")
+            self.settle_majority()
+            wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
+        if wrong:
+            raise ProofError(
+                listing("counts contradict the thresholds:", wrong, "Were inputs changed while they were read?")
+            )
+
+    def check_numbers(self) -> None:
+        """Raises NumericError where NaN or Inf came in or went out."""
+        if problems := self.totals.nonfinite(self.plan):
+            raise NumericError(listing("NaN or Inf:", problems, "Nothing was published."))
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - began

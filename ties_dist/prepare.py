@@ -1,0 +1,299 @@
+"""From a recipe to a plan: opens every header, compares, lays out. Everything that headers can tell is found here."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ties_dist.checkpoint import Checkpoint, open_checkpoint
+from ties_dist.congruence import EqualCheck, MergeSet, compare
+from ties_dist.errors import CheckpointError, RecipeError, listing
+from ties_dist.kernels.merge import COMPILE_FROM, KernelKind
+from ties_dist.layout import TensorSpec, lay_out
+from ties_dist.methods import METHODS
+from ties_dist.methods.base import Method
+from ties_dist.models import Location, fetch
+from ties_dist.plan import (
+    Input,
+    MergePlan,
+    Source,
+    TensorNumbers,
+    digest,
+    fingerprint,
+    fit_unit_bytes,
+    process_bytes,
+)
+from ties_dist.recipe import ModelReference, Recipe, layer_depths, load_recipe
+from ties_dist.storage.base import Reader
+from ties_dist.storage.local import Backend, open_reader
+
+HEADER_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAMPLED_PAGES = 16
+"""Pages of each file that go into its identity, beside header and size."""
+PAGE_BYTES = 4096
+COMPARED_AT_ONCE = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a worker process may use."""
+
+    threads: int | None = None
+    memory_budget: int = 2 << 30
+    unit_bytes: int | None = None
+    kernel: KernelKind = "auto"
+    backend: Backend = "auto"
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A merge that is ready to run. notes: what to tell the user."""
+
+    recipe: Recipe
+    plan: MergePlan
+    base: Checkpoint
+    base_path: Path
+    merge_set: MergeSet
+    notes: tuple[str, ...]
+    resources: Resources
+    max_shard_bytes: int | None
+
+    @cached_property
+    def stamps(self) -> Mapping[str, tuple[int, int]]:
+        """Size and time of every input file, as they were when first asked for."""
+        return stamp_inputs([self.plan.base, *self.plan.experts, *self.plan.extras])
+
+
+def prepare(
+    recipe: Path | str | Mapping[str, object],
+    *,
+    semantics: str | None = None,
+    resources: Resources | None = None,
+    max_shard_bytes: int | None = None,
+    fetch: Callable[[Location], Path] = fetch,
+) -> Job:
+    """Read a recipe and all headers. fetch: finds a model. Raises RecipeError, CheckpointError, PlanError."""
+    resources = resources or Resources()
+    chosen = load_recipe(recipe, methods=METHODS, semantics=semantics, fetch=fetch)
+    references = models_of(chosen)
+    opened, identities = _open_all(references, resources.backend)
+    return assemble(chosen, opened, identities, resources, max_shard_bytes)
+
+
+def models_of(recipe: Recipe) -> list[ModelReference]:
+    """What the base's part is played by, the experts, and the model whose signs are taken, in that order."""
+    base = recipe.base or recipe.experts[0].model
+    return [base, *(e.model for e in recipe.experts), *([recipe.elect_from] if recipe.elect_from else [])]
+
+
+def assemble(
+    recipe: Recipe,
+    opened: Sequence[Checkpoint],
+    identities: Sequence[str],
+    resources: Resources,
+    max_shard_bytes: int | None = None,
+) -> Job:
+    """The job of a recipe whose models are open, in the order of `models_of`. Raises CheckpointError, PlanError."""
+    method = METHODS[recipe.method].from_options(
+        {**recipe.options.model_dump(), "elect_from": recipe.elect_from},
+        {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
+    )
+    base, count = opened[0], len(recipe.experts)
+    merge_set = compare(
+        base,
+        opened[1:],
+        exclude=recipe.options.exclude,
+        vocab=recipe.options.vocab,
+        non_float=recipe.options.non_float,
+        operand=method.operand,
+    )
+    compare_bytes(opened, merge_set)
+    specs = [
+        TensorSpec(
+            name=t.name,
+            dtype=HEADER_DTYPES.get(recipe.output_dtype or "", t.dtype) if t.action == "merge" else t.dtype,
+            shape=t.shape,
+            merged=t.action == "merge",
+            source=t.source,
+            counted=t.counted,
+        )
+        for t in merge_set.tensors
+    ]
+    layout = lay_out(specs, {name: entry.file for name, entry in base.tensors.items()}, max_shard_bytes)
+    models = [_input(*each) for each in zip(opened, models_of(recipe), identities, strict=True)]
+    unit_bytes, buffers = fit_unit_bytes(
+        asked=resources.unit_bytes,
+        budget=resources.memory_budget,
+        threads=resources.thread_count,
+        method=method,
+        tensors=specs,
+        operands=models if method.operand == "delta" else models[1:],
+    )
+    elements = sum(t.numel for t in specs if t.counted) * count
+    compiled = resources.kernel == "compiled" or (resources.kernel == "auto" and elements >= COMPILE_FROM)
+    plan = MergePlan(
+        method=method,
+        layout=layout,
+        base=models[0],
+        experts=tuple(models[1 : 1 + count]),
+        extras=tuple(models[1 + count :]),
+        numbers=_numbers(recipe, method, specs),
+        fingerprint=fingerprint(recipe.canonical(), layout, models),
+        unit_bytes=unit_bytes,
+        threads=resources.thread_count,
+        memory_budget=resources.memory_budget,
+        projected_bytes=process_bytes(compiled) + buffers,
+    )
+    return Job(
+        recipe=recipe,
+        plan=plan,
+        base=base,
+        base_path=models_of(recipe)[0].path,
+        merge_set=merge_set,
+        notes=(
+            *recipe.notes,
+            *dict.fromkeys(note for checkpoint in opened for note in checkpoint.notes),
+            *merge_set.notes,
+            *_equal_inputs(models, count, method),
+        ),
+        max_shard_bytes=max_shard_bytes,
+        resources=resources,
+    )
+
+
+def _equal_inputs(models: Sequence[Input], count: int, method: Method) -> list[str]:
+    """What to say of experts that look like the base or like each other: headers, sizes and sampled pages agree."""
+    base, experts, notes = models[0], models[1 : 1 + count], []
+    for i, expert in enumerate(experts):
+        if method.operand == "delta" and expert.identity == base.identity:
+            notes.append(f"expert '{expert.name}' looks equal to the base: its delta is zero.")
+        if twin := next((e.name for e in experts[:i] if e.identity == expert.identity), None):
+            notes.append(f"experts '{twin}' and '{expert.name}' look equal: one model counts twice.")
+    return notes
+
+
+def _open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[list[Checkpoint], list[str]]:
+    """Checkpoints in the order of the references, each path opened once; all their problems in one error."""
+    known: dict[Path, Checkpoint] = {}
+    identities: dict[Path, str] = {}
+    problems = []
+    for reference in references:
+        if reference.path in known or reference.path in identities:
+            continue
+        try:
+            checkpoint = open_checkpoint(
+                reference.path, name=reference.name, reader=lambda path: open_reader(path, backend)
+            )
+            known[reference.path] = checkpoint
+            identities[reference.path] = identify(checkpoint)
+        except CheckpointError as error:
+            identities[reference.path] = ""
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    return [known[r.path] for r in references], [identities[r.path] for r in references]
+
+
+def identify(checkpoint: Checkpoint) -> str:
+    """Names a checkpoint's content without reading it: header digests, sizes and some pages of each file."""
+    parts = []
+    for file in sorted(checkpoint.files):
+        header = checkpoint.files[file]
+        pages = random.Random(f"{header.header_digest}{header.size}")
+        sampled = []
+        for _ in range(SAMPLED_PAGES if header.size > header.data_start else 0):
+            start = pages.randrange(header.data_start, header.size)
+            span = checkpoint.reader.read(file, start, min(start + PAGE_BYTES, header.size))
+            sampled.append(digest(span.view))
+            span.release()
+        parts.append([header.identity, sampled])
+    return digest(repr(parts).encode())
+
+
+def _input(checkpoint: Checkpoint, reference: ModelReference, identity: str) -> Input:
+    return Input(
+        name=reference.name,
+        path=str(reference.path),
+        tensors={name: Source(file=e.file, start=e.start, dtype=e.dtype) for name, e in checkpoint.tensors.items()},
+        identity=identity,
+    )
+
+
+def _numbers(recipe: Recipe, method: Method, tensors: Sequence[TensorSpec]) -> dict[str, TensorNumbers]:
+    """The recipe's numbers for every merged tensor; all tensors share one object where nothing varies."""
+    merged = [t.source for t in tensors if t.merged]
+    problems = []
+    settings = [
+        *recipe.parameters.values(),
+        *(setting for expert in recipe.experts for setting in expert.parameters.values()),
+    ]
+    for setting in settings:
+        problems += [
+            f"{setting.where}: filter '{pattern}' is part of no merged tensor's name"
+            for pattern in setting.unmatched(merged)
+        ]
+    if problems:
+        raise RecipeError(listing("filters that match nothing:", problems, "Correct or remove them."))
+    depths = layer_depths(merged)
+    varies = any(setting.constant is None for setting in settings)
+    numbers: dict[str, TensorNumbers] = {}
+    failures: dict[str, None] = {}
+    for name in merged:
+        if numbers and not varies:
+            numbers[name] = next(iter(numbers.values()))
+            continue
+        try:
+            numbers[name] = TensorNumbers(
+                parameters={k: s.at(name, depths[name]) for k, s in recipe.parameters.items()},
+                experts=tuple({k: s.at(name, depths[name]) for k, s in e.parameters.items()} for e in recipe.experts),
+            )
+            method.check(numbers[name].experts)
+        except (RecipeError, ValueError) as error:
+            failures[str(error)] = None
+    if failures:
+        raise RecipeError(listing("the recipe's numbers do not fit:", list(failures)))
+    return numbers
+
+
+def compare_bytes(opened: Sequence[Checkpoint], merge_set: MergeSet) -> None:
+    """Read the few tensors that must be equal (tied heads, non-float tensors). Raises CheckpointError naming all."""
+    problems = [
+        check.message
+        for check in merge_set.equal
+        if not _equal(opened[check.left_model].reader, opened[check.right_model].reader, check)
+    ]
+    if problems:
+        raise CheckpointError(listing("tensors that must be equal are not:", problems))
+
+
+def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
+    a, b = check.left, check.right
+    for start in range(0, a.nbytes, COMPARED_AT_ONCE):
+        size = min(COMPARED_AT_ONCE, a.nbytes - start)
+        one = left.read(a.file, a.start + start, a.start + start + size)
+        other = right.read(b.file, b.start + start, b.start + start + size)
+        same = bytes(one.view) == bytes(other.view)
+        one.release()
+        other.release()
+        if not same:
+            return False
+    return True
+
+
+def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
+    """Size and modification time of every file that is read, by `model/file`: they change when the file does."""
+    stamps = {}
+    for model in models:
+        path = Path(model.path)
+        for file in sorted({source.file for source in model.tensors.values()}):
+            found = (path / file if path.is_dir() else path).stat()
+            stamps[f"{model.name}/{file}"] = (found.st_size, found.st_mtime_ns)
+    return stamps

@@ -1,0 +1,60 @@
+"""What a running merge tells: phases with bytes done, rate and time left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ties_dist.plan import readable
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Told of phases one after another; `advance` counts the phase's bytes."""
+
+    def begin(self, phase: str, total_bytes: int) -> None: ...
+
+    def advance(self, done_bytes: int) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass
+class LogProgress:
+    """One line a phase in the log, and one every `every_seconds` in between: for pipes and batch jobs."""
+
+    every_seconds: float = 30.0
+    _phase: str = ""
+    _total: int = 0
+    _done: int = 0
+    _began: float = 0.0
+    _last: float = field(default=0.0)
+
+    def begin(self, phase: str, total_bytes: int) -> None:
+        self._phase, self._total, self._done = phase, total_bytes, 0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, done_bytes: int) -> None:
+        self._done += done_bytes
+        if time.monotonic() - self._last > self.every_seconds:
+            self._last = time.monotonic()
+            share = self._done / max(1, self._total)
+            left = (self._last - self._began) * (1 - share) / max(share, 1e-9)
+            logger.info("%s: %.0f %%, %s, %.0f s left", self._phase, 100 * share, readable(self._done), left)
+
+    def end(self) -> None:
+        elapsed = time.monotonic() - self._began
+        rate = readable(self._done / max(elapsed, 1e-9))
+        logger.info("%s: %s, %s/s, %.1f s", self._phase, readable(self._done), rate, elapsed)
+
+
+@contextmanager
+def phase(progress: Progress, name: str, total_bytes: int) -> Iterator[None]:
+    progress.begin(name, total_bytes)
+    yield
+    progress.end()

@@ -1,0 +1,193 @@
+"""OUT as a folder: what may be merged into it, and how a finished merge gets its names.
+
+The old model stays until all new bytes are durable; then old index and shards go, new ones are renamed, the folder is
+synced, and the index (or the single file) comes last: it is the commit point. Every step can be killed and repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ties_dist.errors import OutputError
+from ties_dist.layout import INDEX_NAME, Layout
+from ties_dist.models import ModelReference
+from ties_dist.recipe import Recipe
+from ties_dist.report import MergeReport
+from ties_dist.storage.local import output_error, sync_folder, write_durably
+
+STATE = ".ties_dist"
+CARD = "README.md"
+RECIPE_COPY = "ties_dist_recipe.yml"
+COMPANIONS = (
+    r"config\.json|generation_config\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|"
+    r".*\.tiktoken|sentencepiece.*|spiece\.model|chat_template.*|.*preprocessor_config\.json|processor_config\.json|"
+    r"modules\.json|.*\.py|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
+)
+"""Files copied from the base beside the weights, where it has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutFolder:
+    """OUT, and the state of one merge inside it."""
+
+    path: Path
+    fingerprint: str
+
+    @property
+    def state(self) -> Path:
+        return self.path / STATE
+
+    @property
+    def run(self) -> Path:
+        """Partial shards and journals of this merge."""
+        return self.state / self.fingerprint
+
+    @property
+    def parts(self) -> Path:
+        return self.run / "parts"
+
+    def check(self, inputs: Sequence[Path]) -> None:
+        """Raises OutputError where OUT cannot be merged into at all."""
+        target = self.path.resolve()
+        for model in (p.resolve() for p in inputs):
+            if target == model or (model.is_dir() and model in target.parents):
+                raise OutputError(f"OUT {self.path} lies inside the input {model}. Choose a folder of its own.")
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"OUT {self.path} is a file. Choose a folder.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.state.is_dir():
+            raise OutputError(
+                f"OUT {self.path} is not empty and was not written by ties_dist. Choose another folder or empty it."
+            )
+
+    def other_runs(self) -> list[str]:
+        """Fingerprints of unfinished merges of something else."""
+        if not self.state.is_dir():
+            return []
+        return sorted(p.name for p in self.state.iterdir() if p.is_dir() and p.name != self.fingerprint)
+
+    def finished(self) -> MergeReport | None:
+        """The report of the finished model that stands here, whatever its recipe."""
+        try:
+            report = MergeReport.from_json((self.state / "report.json").read_text())
+            manifest = json.loads((self.state / "manifest.json").read_text())
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        names = [*manifest["shards"], *([INDEX_NAME] if len(manifest["shards"]) > 1 else [])]
+        whole = manifest["fingerprint"] == report.fingerprint and all((self.path / n).is_file() for n in names)
+        sizes = (
+            all((self.path / n).stat().st_size == s["size"] for n, s in manifest["shards"].items()) if whole else False
+        )
+        return report if whole and sizes else None
+
+    def holds_model(self) -> bool:
+        return any(self.path.glob("*.safetensors")) or (self.path / INDEX_NAME).exists()
+
+    def part(self, shard: str) -> Path:
+        """Where a shard's bytes are: its partial file, or its final one once it is renamed."""
+        return self.parts / shard if (self.parts / shard).exists() else self.path / shard
+
+
+def publish(
+    out: OutFolder,
+    layout: Layout,
+    blocks: Mapping[str, Sequence[str]],
+    report: MergeReport,
+    companions: Mapping[str, bytes],
+    origin: Mapping[str, object],
+    check: Callable[[], None],
+) -> None:
+    """Give a finished merge its names.
+
+    blocks: digests by shard. origin: what `verify` needs to merge a sample again. check: raises where another driver
+    took over.
+    """
+    check()
+    manifest = {
+        "fingerprint": out.fingerprint,
+        "output_digest": report.output_digest,
+        "companions": sorted(companions),
+        "origin": origin,
+        "shards": {s.name: {"size": s.size, "blocks": list(blocks[s.name])} for s in layout.shards},
+    }
+    pending = {s.name for s in layout.shards if (out.parts / s.name).exists()}
+    try:
+        _remove_old(out, keep={s.name for s in layout.shards} - pending, companions=set(companions))
+        for name, content in companions.items():
+            write_durably(out.path / name, content)
+        write_durably(out.state / "manifest.json", json.dumps(manifest))
+        write_durably(out.state / "report.json", report.to_json())
+        for shard in layout.shards:
+            if shard.name in pending:
+                check()
+                (out.parts / shard.name).replace(out.path / shard.name)
+        sync_folder(out.path)
+        if layout.index is not None:
+            check()
+            write_durably(out.path / INDEX_NAME, layout.index)
+    except OSError as error:
+        raise output_error(error, out.path) from error
+    shutil.rmtree(out.run, ignore_errors=True)
+
+
+def _remove_old(out: OutFolder, keep: set[str], companions: set[str]) -> None:
+    """Remove what an older model left: its index first, so that it is no model from the first moment on."""
+    (out.path / INDEX_NAME).unlink(missing_ok=True)
+    for path in [*out.path.glob("*.safetensors.index.json"), *out.path.glob("*.safetensors")]:
+        if path.name not in keep:
+            path.unlink()
+    try:
+        old = json.loads((out.state / "manifest.json").read_text())["companions"]
+    except (OSError, ValueError, KeyError):
+        old = []
+    for name in set(old) - companions:
+        (out.path / name).unlink(missing_ok=True)
+    sync_folder(out.path)
+
+
+def companion_files(base: Path, recipe: Recipe, card: str) -> dict[str, bytes]:
+    """What stands beside the weights: the base's companions, the resolved recipe and the model card."""
+    files: dict[str, bytes] = {}
+    if base.is_dir():
+        for path in sorted(base.iterdir()):
+            if path.is_file() and re.fullmatch(COMPANIONS, path.name):
+                files[path.name] = path.read_bytes()
+    if recipe.output_dtype is not None and "config.json" in files:
+        files["config.json"] = with_dtype(files["config.json"], recipe.output_dtype)
+    files[RECIPE_COPY] = recipe.to_yaml().encode()
+    files[CARD] = card.encode()
+    return files
+
+
+def with_dtype(config: bytes, dtype: str) -> bytes:
+    """config.json byte for byte, but for the value of its dtype fields."""
+    return re.sub(rb'("(?:torch_)?dtype"\s*:\s*)"(?:torch\.)?\w+"', rb'\1"' + dtype.encode() + b'"', config)
+
+
+def model_card(recipe: Recipe, report: MergeReport) -> str:
+    """README.md with Hugging Face front matter, the recipe and what the merge kept."""
+    models = [*([recipe.base] if recipe.base else []), *(e.model for e in recipe.experts)]
+    lines = ["---", "base_model:"]
+    lines += [f"- {json.dumps(name)}" for name in dict.fromkeys(_public_name(m) for m in models)]
+    lines += ["library_name: transformers", "tags:", "- merge", "- ties_dist", f"- {recipe.method}", "---", ""]
+    lines += ["# Merged model", "", f"Merged with ties_dist by `{recipe.method}`", ""]
+    lines[-2] += f" (semantics `{report.semantics}`)." if report.semantics else "."
+    if any(e.kept_fraction is not None for e in report.experts):
+        lines += ["| expert | weight | density | kept | threshold |", "|---|---|---|---|---|"]
+        for e in report.experts:
+            threshold = "per tensor" if e.threshold is None else f"{e.threshold:.6g}"
+            density = "varies" if e.density is None else f"{e.density:g}"
+            lines.append(f"| {e.name} | {e.weight} | {density} | {e.kept_fraction or 0:.2%} | {threshold} |")
+        lines.append("")
+    lines += ["## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
+    lines += [f"Output digest `{report.output_digest}`.", ""]
+    return "\n".join(lines)
+
+
+def _public_name(model: ModelReference) -> str:
+    """The hub id where there is one, else the folder's name: no path of this machine."""
+    return model.text.partition("@")[0] if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", model.text) else model.name

@@ -1,0 +1,161 @@
+"""What a person sees on a terminal: tables and progress bars, by rich."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from ties_dist.checkpoint import Checkpoint
+from ties_dist.plan import readable
+from ties_dist.report import MergeReport, tie_warning
+
+if TYPE_CHECKING:
+    from ties_dist.api import PlanReport
+
+
+@dataclass
+class BarProgress:
+    """One bar a phase, in bytes, with rate and time left; on stderr."""
+
+    _bars: Bars | None = field(default=None)
+
+    def begin(self, phase: str, total_bytes: int) -> None:
+        columns = (
+            TextColumn(f"{phase:<7}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self._bars = Bars(*columns, console=Console(stderr=True))
+        self._bars.start()
+        self._task = self._bars.add_task(phase, total=total_bytes)
+
+    def advance(self, done_bytes: int) -> None:
+        if self._bars is not None:
+            self._bars.advance(self._task, done_bytes)
+
+    def end(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+def merge_table(report: MergeReport, out: Path) -> None:
+    """Leads with density asked against share kept: ties make them differ (semantics.md)."""
+    console = Console(highlight=False)
+    if report.already_done:
+        console.print(f"already done: {out} holds this merge (digest {report.output_digest})")
+        return
+    if any(e.kept_fraction is not None for e in report.experts):
+        table = Table("expert", "weight", "density asked", "kept", "nonzero kept", "at threshold", "threshold")
+        for e in report.experts:
+            table.add_row(
+                e.name,
+                "varies" if e.weight is None else f"{e.weight:g}",
+                "varies" if e.density is None else f"{e.density:.1%}",
+                f"{e.kept_fraction or 0:.2%}",
+                f"{e.kept_nonzero_fraction or 0:.2%}",
+                f"{e.tie_fraction or 0:.2%}" if e.threshold is not None else "-",
+                f"{e.threshold:.6g}" if e.threshold is not None else "per tensor" if e.density != 1 else "none",
+            )
+        console.print(table)
+        for line in tie_warning(report):
+            console.print(line, soft_wrap=True)
+    rate = (report.bytes_read + report.bytes_written) / max(report.elapsed_seconds, 1e-9)
+    lines = [
+        f"{report.method}{f' ({report.semantics})' if report.semantics else ''}: {report.elements:,} elements of "
+        f"{len(report.experts)} experts, {report.units:,} units ({report.resumed_units:,} resumed), "
+        f"{report.kernel} kernel",
+    ]
+    if report.conflict_fraction is not None:
+        lines.append(f"sign conflicts: {report.conflict_fraction:.2%} of the elements")
+    lines += [
+        f"read {readable(report.bytes_read)}, wrote {readable(report.bytes_written)} in {report.elapsed_seconds:.1f} s "
+        f"({readable(rate)}/s); peak memory {readable(report.peak_rss_bytes)} of "
+        f"{readable(report.projected_bytes)} projected",
+        f"digest {report.output_digest}",
+        f"-> {out}",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def plan_table(report: PlanReport) -> None:
+    console = Console(highlight=False)
+    table = Table(show_header=False)
+    best, worst = report.passes
+    reads = [readable(b) for b in report.read_bytes]
+    rows = {
+        "method": f"{report.method}{f' ({report.semantics})' if report.semantics else ''}",
+        "experts": ", ".join(report.experts),
+        "tensors": f"{report.tensors:,}, of which {report.merged_tensors:,} are merged",
+        "elements (d)": f"{report.elements:,}",
+        "output": f"{report.shards} shard{'s' * (report.shards != 1)}, {readable(report.write_bytes)}",
+        "units": f"{report.units:,} of {readable(report.unit_bytes)}, {report.threads} threads",
+        "reads of the inputs": f"{best} ({reads[0]})"
+        if best == worst
+        else f"{best} to {worst} ({reads[0]} to {reads[1]})",
+        "memory": f"{readable(report.projected_bytes)} projected per worker (budget {readable(report.memory_budget)})",
+        "disk": f"{readable(report.disk_needed_bytes)} needed"
+        + (f", {readable(report.disk_free_bytes)} free" if report.disk_free_bytes is not None else ""),
+        "fingerprint": report.fingerprint,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    if report.sample is not None:
+        predicted = Table("expert", "threshold (predicted)", "kept (predicted)", "zero deltas")
+        for name, threshold, kept, zeros in zip(
+            report.experts,
+            report.sample.thresholds or [None] * len(report.experts),
+            report.sample.kept_fractions or [None] * len(report.experts),
+            report.sample.zero_fractions or [0.0] * len(report.experts),
+            strict=True,
+        ):
+            predicted.add_row(
+                name,
+                "-" if threshold is None else f"{threshold:.6g}",
+                "-" if kept is None else f"{kept:.1%}",
+                f"{zeros:.1%}",
+            )
+        console.print(predicted)
+        console.print(f"about {report.sample.seconds:.0f} s, at the rate the sample was read")
+
+
+def inspect_document(found: Checkpoint) -> dict[str, object]:
+    dtypes = Counter[str]()
+    for entry in found.tensors.values():
+        dtypes[entry.dtype] += entry.numel
+    return {
+        "name": found.name,
+        "shards": {file: found.files[file].size for file in found.shards},
+        "tensors": {n: {"dtype": e.dtype, "shape": list(e.shape), "file": e.file} for n, e in found.tensors.items()},
+        "elements": dict(dtypes),
+        "bytes": found.nbytes,
+        "notes": list(found.notes),
+    }
+
+
+def inspect_table(found: Checkpoint) -> None:
+    console = Console(highlight=False)
+    dtypes = Counter[str]()
+    for entry in found.tensors.values():
+        dtypes[entry.dtype] += entry.numel
+    table = Table("tensor", "dtype", "shape", "shard")
+    for entry in found.tensors.values():
+        table.add_row(entry.name, entry.dtype, " x ".join(map(str, entry.shape)) or "scalar", entry.file)
+    console.print(table)
+    kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in dtypes.most_common())
+    console.print(
+        f"{len(found.tensors):,} tensors in {len(found.shards)} shards, {readable(found.nbytes)}: {kinds} elements"
+    )
+    for note in found.notes:
+        console.print(f"note: {note}")

@@ -1,0 +1,179 @@
+"""`verify`: whether a finished output is still what was written, and whether merging it again gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ties_dist.errors import DamageError, OutputError, TiesDistError, listing
+from ties_dist.executors.local import LocalExecutor
+from ties_dist.journal import unpack
+from ties_dist.passes import Forgetful, Passes
+from ties_dist.plan import Unit, readable
+from ties_dist.prepare import Job, Resources, prepare
+from ties_dist.progress import Progress, phase
+from ties_dist.publish import RECIPE_COPY, STATE
+from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.storage.local import LocalWriter, open_reader
+from ties_dist.work import Worker, block_digests
+
+READ_BYTES = 16 * BLOCK_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """blocks: of 1 MiB, all intact. remerged_units: of how many the bytes were computed again and agree."""
+
+    blocks: int
+    bytes_read: int
+    remerged_units: int
+    units: int
+    skipped: str | None
+    sha256: Mapping[str, str]
+
+
+def verify(
+    out: Path, *, sample: float | None = None, sha256: bool = False, progress: Progress, resources: Resources
+) -> VerifyReport:
+    """Check OUT against its manifest, then merge a random share of its units again.
+
+    sample: share of units, (0, 1]; 0 for none; None for 2 %, or none where the inputs are gone.
+    Raises DamageError naming the damaged megabytes, OutputError where OUT is not a finished output.
+    """
+    manifest = _manifest(out)
+    sums, blocks = _check_blocks(out, manifest, sha256=sha256, progress=progress)
+    checked, total, skipped = 0, 0, None
+    if sample is None or sample > 0:
+        try:
+            checked, total = _check_sample(out, manifest, 0.02 if sample is None else sample, progress, resources)
+        except DamageError:
+            raise
+        except TiesDistError as error:
+            if sample is not None:
+                raise
+            skipped = str(error)
+    return VerifyReport(
+        blocks=blocks,
+        bytes_read=sum(s["size"] for s in manifest["shards"].values()),
+        remerged_units=checked,
+        units=total,
+        skipped=skipped,
+        sha256=sums,
+    )
+
+
+def _manifest(out: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((out / STATE / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out} is not a finished output of ties_dist: no readable manifest ({error}).") from error
+    assert isinstance(found, dict)
+    return found
+
+
+def _check_blocks(
+    out: Path, manifest: Mapping[str, Any], *, sha256: bool, progress: Progress
+) -> tuple[dict[str, str], int]:
+    """Hash every block of every shard. Returns sha256 sums by file (if asked) and the number of blocks."""
+    problems: list[str] = []
+    sums: dict[str, str] = {}
+    blocks = 0
+    reader = open_reader(out)
+    with phase(progress, "verify", sum(s["size"] for s in manifest["shards"].values())):
+        for name, shard in manifest["shards"].items():
+            try:
+                size = reader.size(name)
+            except FileNotFoundError:
+                problems.append(f"{name}: missing")
+                continue
+            if size != shard["size"]:
+                problems.append(f"{name}: {size:,} bytes, expected {shard['size']:,}")
+                continue
+            whole = hashlib.sha256() if sha256 else None
+            for start in range(0, size, READ_BYTES):
+                span = reader.read(name, start, min(size, start + READ_BYTES))
+                first = start // BLOCK_BYTES
+                for i, found in enumerate(block_digests(span.view)):
+                    if found != shard["blocks"][first + i]:
+                        problems.append(
+                            f"{name}: MiB {first + i} (bytes from {(first + i) * BLOCK_BYTES:,}) is damaged"
+                        )
+                    blocks += 1
+                if whole is not None:
+                    whole.update(span.view)
+                progress.advance(len(span.view))
+                span.release()
+            if whole is not None:
+                sums[name] = whole.hexdigest()
+    if problems:
+        raise DamageError(listing(f"{out} is not what was written:", problems, "Merge again with --overwrite --fresh."))
+    return sums, blocks
+
+
+def _check_sample(
+    out: Path, manifest: Mapping[str, Any], share: float, progress: Progress, resources: Resources
+) -> tuple[int, int]:
+    """Merge a random share of the units again and compare digests. Returns how many, and of how many."""
+    origin = manifest["origin"]
+    job = prepare(
+        out / RECIPE_COPY,
+        resources=resources,
+        max_shard_bytes=origin["max_shard_bytes"],
+        fetch=lambda location: (out / origin["models"][location.text]).resolve(),
+    )
+    if job.plan.fingerprint != manifest["fingerprint"]:
+        raise DamageError(f"the inputs of {out} are not those it was merged from: a sample cannot be merged again.")
+    units = list(job.plan.units())
+    chosen = random.sample(units, max(1, min(len(units), round(share * len(units)))))
+    passes = _passes(job, out)
+    if origin["thresholds"]:
+        passes.find_thresholds(unpack(origin["thresholds"]))
+    problems = []
+    with phase(progress, "sample", sum(u.nbytes for u in chosen)):
+        for unit in sorted(chosen):
+            if _again(passes, unit, origin["majority"] or 1) != _blocks(manifest, unit):
+                problems.append(f"{unit.shard}: bytes {unit.start:,} to {unit.stop:,} differ from a new merge")
+            progress.advance(unit.nbytes)
+    if problems:
+        raise DamageError(listing(f"{out} is not what its recipe gives:", problems))
+    return len(chosen), len(units)
+
+
+def _passes(job: Job, out: Path) -> Passes:
+    """The passes of a merge whose results go nowhere."""
+    from ties_dist.progress import LogProgress
+
+    return Passes(
+        plan=job.plan,
+        worker=Worker(job.plan, partial(open_reader, backend=job.resources.backend), "eager"),
+        executor=LocalExecutor(job.plan.threads),
+        writer=LocalWriter(out),
+        keeper=Forgetful(),
+        progress=LogProgress(),
+    )
+
+
+def _again(passes: Passes, unit: Unit, majority: int) -> tuple[str, ...]:
+    passes.select_for([unit])
+    step = passes.worker.merge_step(passes.writer)
+    task = passes.task(unit, majority)
+    buffer, _, _ = step.compute(task, step.load(task))
+    return block_digests(buffer.data)
+
+
+def _blocks(manifest: Mapping[str, Any], unit: Unit) -> tuple[str, ...]:
+    blocks = manifest["shards"][unit.shard]["blocks"]
+    return tuple(blocks[unit.start // BLOCK_BYTES : -(-unit.stop // BLOCK_BYTES)])
+
+
+def summary(report: VerifyReport) -> str:
+    said = f"{report.blocks:,} blocks ({readable(report.bytes_read)}) are what was written"
+    if report.skipped is not None:
+        return f"{said}; no sample was merged again: {report.skipped}"
+    return f"{said}; {report.remerged_units} of {report.units} units merged again: the same bytes."
