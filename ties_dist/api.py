@@ -33,7 +33,7 @@ from ties_dist.storage.memory import MemoryReader, MemoryWriter
 from ties_dist.work import TORCH_DTYPES, Worker
 
 Recipe = Path | str | Mapping[str, object]
-"""A file (Path), YAML text (str), or the document itself."""
+"""A file, YAML text (a str of more than one line), or the document itself."""
 ExecutorName = Literal["auto", "local", "ray"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -69,7 +69,7 @@ def merge(
     resources = Resources(
         threads=threads, memory_budget=memory_budget, unit_bytes=unit_size, kernel=kernel, backend=read_backend
     )
-    job = prepare(recipe, semantics=semantics, resources=resources, max_shard_bytes=max_shard_size)
+    job = prepare(_source(recipe), semantics=semantics, resources=resources, max_shard_bytes=max_shard_size)
     if told is not None:
         told(job.notes)
     torch.set_num_threads(resources.thread_count)
@@ -86,6 +86,10 @@ def merge(
         trust_journal=trust_journal,
         stop=stop,
     )
+
+
+def _source(recipe: Recipe) -> Recipe:
+    return Path(recipe) if isinstance(recipe, str) and "\n" not in recipe else recipe
 
 
 def _supported(executor: ExecutorName, device: Device) -> None:
@@ -110,7 +114,7 @@ class PlanReport:
     """What a merge will do. passes and bytes: best and worst case. disk_free_bytes: None without an OUT."""
 
     method: str
-    semantics: str | None
+    semantics: str
     tensors: int
     merged_tensors: int
     elements: int
@@ -145,12 +149,12 @@ def plan(
 ) -> PlanReport:
     """What `merge` would do, from headers alone; with `sample`, some pages of every model as well."""
     resources = Resources(threads=threads, memory_budget=memory_budget, unit_bytes=unit_size, backend=read_backend)
-    job = prepare(recipe, semantics=semantics, resources=resources, max_shard_bytes=max_shard_size)
+    job = prepare(_source(recipe), semantics=semantics, resources=resources, max_shard_bytes=max_shard_size)
     chosen = job.plan
     passes = _passes(chosen)
     return PlanReport(
         method=chosen.method.name,
-        semantics=job.recipe.options.semantics if chosen.method.name == "ties" else None,
+        semantics=job.recipe.options.semantics,
         tensors=len(chosen.tensors),
         merged_tensors=sum(t.merged for t in chosen.tensors),
         elements=chosen.elements,

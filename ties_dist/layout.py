@@ -76,8 +76,8 @@ class OutputShard:
 
     def segments(self, start: int, stop: int) -> Iterator[Segment]:
         """The tensor slices inside bytes [start, stop) of the file, in file order; empty tensors have none."""
-        first = max(0, bisect_right(self.starts, start) - 1)
-        for tensor, begin in zip(self.tensors[first:], self.starts[first:], strict=True):
+        for i in range(max(0, bisect_right(self.starts, start) - 1), len(self.tensors)):
+            tensor, begin = self.tensors[i], self.starts[i]
             if begin >= stop:
                 return
             item = ITEM_BYTES[tensor.dtype]

@@ -175,7 +175,7 @@ def model_card(recipe: Recipe, report: MergeReport) -> str:
     lines += [f"- {json.dumps(name)}" for name in dict.fromkeys(_public_name(m) for m in models)]
     lines += ["library_name: transformers", "tags:", "- merge", "- ties_dist", f"- {recipe.method}", "---", ""]
     lines += ["# Merged model", "", f"Merged with ties_dist by `{recipe.method}`", ""]
-    lines[-2] += f" (semantics `{report.semantics}`)." if report.semantics else "."
+    lines[-2] += f" (semantics `{report.semantics}`)." if report.method == "ties" else "."
     if any(e.kept_fraction is not None for e in report.experts):
         lines += ["| expert | weight | density | kept | threshold |", "|---|---|---|---|---|"]
         for e in report.experts:

@@ -35,7 +35,7 @@ class MergeReport:
     """
 
     method: str
-    semantics: str | None
+    semantics: str
     experts: tuple[ExpertReport, ...]
     conflict_fraction: float | None
     elements: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,7 +35,11 @@ class Totals:
 
     def get(self, name: str) -> int:
         """One counter over all d elements."""
-        return sum(int(counts[self.names[name]]) for counts in self.tensors.values())
+        return int(self._overall[self.names[name]])
+
+    @cached_property
+    def _overall(self) -> np.ndarray:
+        return sum(self.tensors.values(), np.zeros(len(self.names), dtype=np.int64))
 
     def per_expert(self, name: str, experts: int) -> list[int]:
         return [self.get(f"{name}[{i}]") for i in range(experts)]
@@ -113,7 +118,7 @@ def describe(
     d = max(1, plan.elements)
     return MergeReport(
         method=plan.method.name,
-        semantics=job.recipe.options.semantics if plan.method.name == "ties" else None,
+        semantics=job.recipe.options.semantics,
         experts=tuple(_expert(job, totals, model_cuts, i) for i in range(len(plan.experts))),
         conflict_fraction=totals.get("conflicts") / d if votes else None,
         elements=plan.elements,

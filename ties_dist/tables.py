@@ -71,7 +71,7 @@ def merge_table(report: MergeReport, out: Path) -> None:
             console.print(line, soft_wrap=True)
     rate = (report.bytes_read + report.bytes_written) / max(report.elapsed_seconds, 1e-9)
     lines = [
-        f"{report.method}{f' ({report.semantics})' if report.semantics else ''}: {report.elements:,} elements of "
+        f"{report.method}{f' ({report.semantics})' if report.method == 'ties' else ''}: {report.elements:,} elements, "
         f"{len(report.experts)} experts, {report.units:,} units ({report.resumed_units:,} resumed), "
         f"{report.kernel} kernel",
     ]
@@ -94,7 +94,7 @@ def plan_table(report: PlanReport) -> None:
     best, worst = report.passes
     reads = [readable(b) for b in report.read_bytes]
     rows = {
-        "method": f"{report.method}{f' ({report.semantics})' if report.semantics else ''}",
+        "method": f"{report.method}{f' ({report.semantics})' if report.method == 'ties' else ''}",
         "experts": ", ".join(report.experts),
         "tensors": f"{report.tensors:,}, of which {report.merged_tensors:,} are merged",
         "elements (d)": f"{report.elements:,}",

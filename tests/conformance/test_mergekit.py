@@ -3,7 +3,7 @@
 mergekit runs as a subprocess (it pins its own dependencies): every recipe once per session, in one process, through its
 own command line. The executable is TIES_DIST_MERGEKIT, else `mergekit-yaml` on PATH, else `.venv-mergekit/bin` in the
 repository. The same recipe file then goes through the NumPy oracle (which proves the preset's definition) and through
-`python -m ties_dist merge` (which proves the engine).
+`ties-dist merge` (which proves the engine).
 
 Deviations are allowed, counted and bounded: where a trim cut a group of equal magnitudes (mergekit's argsort keeps
 arbitrary ones), from five experts on the rounding of torch's stacked sum, and in `linear` that of `addcmul`, which
@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -52,6 +51,7 @@ CONFIG = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 # mergekit's own command line for every (recipe, out) pair on standard input: torch is imported once, not twenty times.
 DRIVER = """
 import json, sys
@@ -368,9 +368,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     # The interpreter beside the executable, where a virtual environment keeps it.
     python = executable.resolve().parent / "python"
     assert python.is_file(), f"{executable} has no `python` beside it"
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [str(python), "-c", DRIVER], input=json.dumps(jobs), text=True, capture_output=True, env=os.environ | offline
+        [str(python), "-c", DRIVER], input=json.dumps(jobs), text=True, capture_output=True, env=os.environ | OFFLINE
     )
     assert done.returncode == 0, done.stderr[-4000:]
     outputs = {name: read_model(Path(out)) for name, (_, out) in zip(CASES, jobs, strict=True)}
@@ -406,21 +405,18 @@ def merge_with_oracle(case: Case) -> tuple[dict[str, Array], Allowance]:
     return merged.tensors, ties_allowance(merged.statistics, case.gain)
 
 
-def merge_with_engine(recipe: Path, out: Path, *options: str) -> tuple[dict[str, Array], dict[str, Any]]:
-    """`python -m ties_dist merge RECIPE OUT ... --json`, inside this process; the merged tensors and the report."""
-    pytest.importorskip("ties_dist.__main__", exc_type=ImportError)
-    stdout, argv = io.StringIO(), sys.argv
-    sys.argv = ["ties-dist", "merge", str(recipe), str(out), "--json", *options]
-    try:
-        with redirect_stdout(stdout):
-            runpy.run_module("ties_dist", run_name="__main__", alter_sys=False)
-        status: object = 0
-    except SystemExit as exit_:
-        status = exit_.code or 0
-    finally:
-        sys.argv = argv
-    assert status == 0, (status, stdout.getvalue())
+def merge_with_engine(recipe: Path, out: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """`ties-dist merge RECIPE OUT --semantics mergekit --json` in this process; the merged tensors and the report."""
+    cli = pytest.importorskip("ties_dist.cli", exc_type=ImportError)
+    stdout = io.StringIO()
+    with redirect_stdout(stdout), pytest.raises(SystemExit) as stopped:
+        cli.main(engine_arguments(recipe, out))
+    assert stopped.value.code == 0, stdout.getvalue()
     return read_model(out), json.loads(stdout.getvalue())
+
+
+def engine_arguments(recipe: Path, out: Path) -> list[str]:
+    return ["merge", str(recipe), str(out), "--semantics", "mergekit", "--json"]
 
 
 # --- the tests ---
@@ -434,7 +430,7 @@ def test_output_equals_mergekit_except_at_cut_ties_and_stacked_sums(
     case = CASES[name]
     ours, allowance = merge_with_oracle(case)
     if subject == "engine":
-        ours, report = merge_with_engine(bench.recipes[name], tmp_path / "out", "--semantics", "mergekit")
+        ours, report = merge_with_engine(bench.recipes[name], tmp_path / "out")
         assert report["method"] == case.method
         assert report["semantics"] == "mergekit"
     comparison = compare(ours, bench.outputs[name], allowance)
@@ -464,6 +460,18 @@ def test_mergekits_published_executable_writes_what_the_batch_wrote(bench: Bench
         [str(executable), "--no-copy-tokenizer", "--quiet", str(bench.recipes[name]), str(tmp_path / "out")],
         check=True,
         capture_output=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | OFFLINE,
     )
+    assert oracle.same_bytes(read_model(tmp_path / "out"), bench.outputs[name]) == []
+
+
+def test_python_dash_m_ties_dist_writes_what_mergekit_wrote(bench: Bench, tmp_path: Path) -> None:
+    # The comparison above runs the command inside this process; this is the command itself, once.
+    name = "three experts, a density and a weight each, base listed, int8_mask"
+    arguments = engine_arguments(bench.recipes[name], tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-m", "ties_dist", *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    report = json.loads(done.stdout)
+    assert [expert["density"] for expert in report["experts"]] == [0.5, 0.2, 0.9]
     assert oracle.same_bytes(read_model(tmp_path / "out"), bench.outputs[name]) == []

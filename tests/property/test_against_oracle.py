@@ -2,7 +2,8 @@
 
 Hypothesis draws the structure (shapes, storage types, number of experts, options); the numbers come from a seeded
 generator of one of four kinds, chosen for what breaks merges: grids on which magnitudes tie and sums cancel exactly,
-plain normals, deltas that are mostly zero, and magnitudes from denormal to large.
+plain normals, deltas that are mostly zero, and magnitudes from denormal to large. Models this small run eagerly; the last
+test takes larger ones through the compiled kernels.
 """
 
 from __future__ import annotations
@@ -226,5 +227,48 @@ def test_linear_gives_the_oracles_bytes(drawn: Drawn, data: st.DataObject) -> No
             method="linear",
             out_dtype=out_dtype,
             expert_parameters=[{"weight": weight} for weight in weights],
+        ),
+    )
+
+
+COMPILED: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "paper, float32": (3, "float32", {"semantics": "paper"}),
+    "paper, bfloat16, exact_k, count, max": (
+        4,
+        "bfloat16",
+        {"semantics": "paper", "tie_policy": "exact_k", "elect": "count", "aggregate": "max", "zero_sign": "drop"},
+    ),
+    "mergekit, bfloat16": (5, "bfloat16", {"semantics": "mergekit"}),
+    "peft, float16": (8, "float16", {"semantics": "peft"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [grid, normal, wild], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_kernels_give_the_oracles_bytes(name: str, kind: Draw) -> None:
+    # Products and sums that a contracted (fused) instruction would round otherwise, on slices that end inside a vector.
+    experts, stored, options = COMPILED[name]
+    random = np.random.default_rng(experts)
+    shapes = {"a": (131, 67), "b": (1,), "c": (2,), "d": (40_001,), "e": (0,)}
+    origin = {name: kind(random, shape)[0] for name, shape in shapes.items()}
+    models = [
+        {name: origin[name] + update * kind(random, shape)[1] for name, shape in shapes.items()}
+        for update in [0, *[1] * experts]
+    ]
+    dtype = oracle.DTYPES[stored]
+    base, *tuned = [{n: oracle.narrow(np.float32(v), dtype) for n, v in model.items()} for model in models]
+    weights = [round(0.3 + 0.17 * index, 2) for index in range(experts)]
+    expected = oracle.ties(base, tuned, density=0.3, weights=weights, lam=0.7, out_dtype="float32", **options)
+    assert_same_bytes(
+        expected.tensors,
+        lambda: ties_dist.merge_state_dicts(
+            tensors(base),
+            [tensors(expert) for expert in tuned],
+            kernel="compiled",
+            out_dtype="float32",
+            parameters={"lambda": 0.7, "density": 0.3},
+            expert_parameters=[{"weight": weight} for weight in weights],
+            **options,
         ),
     )

@@ -317,7 +317,13 @@ def test_narrowing_equals_torchs_cast(dtype: str) -> None:
 
 def test_arrays_survive_the_way_to_torch_and_back() -> None:
     scalar = oracle.bfloat16([2.5]).reshape(())
-    for array in (oracle.bfloat16([[1.5, -0.0]]), scalar, np.float16([3.25]), np.zeros((2, 0), np.float32), np.array(7)):
+    for array in (
+        oracle.bfloat16([[1.5, -0.0]]),
+        scalar,
+        np.float16([3.25]),
+        np.zeros((2, 0), np.float32),
+        np.array(7),
+    ):
         assert oracle.same_bytes({"w": array}, {"w": oracle.from_torch(oracle.to_torch(array))}) == []
 
 

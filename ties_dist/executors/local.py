@@ -42,12 +42,11 @@ class LocalExecutor:
             ThreadPoolExecutor(WRITE_BEHIND, "write") as writers,
         ):
             try:
-                while True:
+                while not self.stop.is_set():
                     while len(loads) < READ_AHEAD and (task := next(source, None)) is not None:
                         loads.append((task, readers.submit(step.load, task)))
                     if not loads:
                         break
-                    self._check_stop()
                     task, load = loads.popleft()
                     computed = step.compute(task, load.result())
                     stores.add(writers.submit(step.store, task, computed))
@@ -61,6 +60,7 @@ class LocalExecutor:
             finally:
                 for _, load in loads:
                     load.cancel()
+        self._check_stop()
 
     def reduce(self, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
         waiting = iter(units)

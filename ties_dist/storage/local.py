@@ -77,12 +77,12 @@ class MappedReader(_Directory):
         if stop > len(pages):
             raise self._ends_early(name, len(pages), stop)
 
-        def drop() -> None:
-            first = start // FAULT_WINDOW * FAULT_WINDOW
-            last = min(-(-stop // FAULT_WINDOW) * FAULT_WINDOW, len(pages))
-            pages.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-        return LocalSpan(view=memoryview(pages)[start:stop], done=drop)
+        first = start // FAULT_WINDOW * FAULT_WINDOW
+        size = min(-(-stop // FAULT_WINDOW) * FAULT_WINDOW, len(pages)) - first
+        pages.madvise(mmap.MADV_WILLNEED, first, size)  # starts the disk; of cached pages it only takes note
+        return LocalSpan(
+            view=memoryview(pages)[start:stop], done=lambda: pages.madvise(mmap.MADV_DONTNEED, first, size)
+        )
 
     def _map(self, name: str) -> mmap.mmap:
         with self._lock:

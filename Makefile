@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and make:
+#   make demo    fine-tunes real experts of a real model, merges them, evaluates every output file
+#   make test    runs the tests
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check drill bench clean
+
+demo: .venv/installed
+	$(BIN)/python examples/quickstart/run.py
+
+test: .venv/installed .venv-mergekit/installed
+	$(BIN)/python -m pytest -q
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+# 100 merges, each killed several times at random moments; about 15 minutes.
+drill: .venv/installed
+	$(BIN)/python tests/drills/kill_drill.py --runs 100 --report
+
+# Against mergekit on TinyLlama-1.1B shapes, with the ceiling measured in the same run; needs 14 GB of disk.
+bench: .venv/installed .venv-mergekit/installed
+	$(BIN)/python -m benchmarks.vs_peers --report
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP) --upgrade pip setuptools
+	$(BIN)/python $(PIP) --editable '.[demo,test,lint]'
+	touch $@
+
+# mergekit has dependencies of its own; where it cannot be installed, its conformance tests are skipped and say so.
+.venv-mergekit/installed: constraints.txt
+	$(PYTHON) -m venv .venv-mergekit
+	-.venv-mergekit/bin/python $(PIP) mergekit
+	touch $@
+
+clean:
+	rm -rf .venv .venv-mergekit build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
