@@ -220,6 +220,18 @@ def test_a_weight_of_zero_takes_the_expert_out_of_vote_and_mean() -> None:
         assert merge_vectors([-9, 3], [1, 1], weights=[0.0, 1.0], **options) == [1, 1]
 
 
+def test_a_weight_of_zero_still_votes_and_is_counted_in_peft() -> None:
+    # First: -9 is elected, its value is 0. Second: 3 and 1 agree: (0 * 3 + 1 * 1) / 2.
+    assert merge_vectors([-9, 3], [1, 1], weights=[0.0, 1.0], semantics="peft") == [0, 0.5]
+
+
+def test_average_divides_by_what_full_agreement_would_give() -> None:
+    # 3 and 4 agree, -1 does not. Weights 1, 3, 4, after the election: (1 * 3 + 3 * 4) / (1 + 3 + 4), or / 3 experts.
+    deltas, weights = ([3], [4], [-1]), [1.0, 3.0, 4.0]
+    assert merge_vectors(*deltas, weights=weights, aggregate="average", weight_before_elect=False) == [1.875]
+    assert merge_vectors(*deltas, weights=weights, aggregate="average", semantics="peft") == [5]
+
+
 def test_mergekit_divides_by_the_signed_sum_of_weights_and_by_one_where_it_is_zero() -> None:
     # Weights 1, -1, 3. Element 1: 2, -(-4) = 4, -15: the sum is -9, only -15 agrees: -15 / 3.
     # Element 2: 2, 4, 0: both agree, 1 - 1 = 0, so 6 / 1. Element 3: 2, 4, 3: 9 / 3.

@@ -33,6 +33,7 @@ Fused = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], State, Tensor, Ten
 
 # Inputs are read-only views of maps; kernels never write to them.
 warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writ", category=UserWarning)
+warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed", category=UserWarning)
 
 
 def fuse(method: Method) -> Fused:

@@ -127,6 +127,19 @@ def total(values: Tensor) -> Tensor:
     return result
 
 
+def weighted_sum(operands: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Sum of operands times their weights, in recipe order, from +0.0. operands: (n,) each; weight: (experts,)."""
+    result = torch.zeros_like(operands[0])
+    for i, operand in enumerate(operands):
+        result = result + operand * weight[i]
+    return from_plus_zero(result)
+
+
+def from_plus_zero(summed: Tensor) -> Tensor:
+    """A sum that began at +0.0 is never -0.0. The compiler drops that beginning (x + 0 -> x), so it is said again."""
+    return torch.where(summed == 0, 0.0, summed)
+
+
 WEIGHT = Parameter(name="weight", default=1.0, per_model=True, per_tensor=True, note="factor of this expert")
 LAMBDA = Parameter(name="lambda", default=1.0, per_tensor=True, note="scale of the merged delta")
 INT8_MASK = Parameter(name="int8_mask", kind="bool", default=False, ignored=True, note="masks are never stored here")

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from ties_dist.methods.base import WEIGHT, Cut, Method, State, float32, total
+from ties_dist.methods.base import WEIGHT, Cut, Method, State, float32, total, weighted_sum
 from ties_dist.parameter import Parameter
 
 
@@ -47,7 +46,5 @@ class Linear(Method):
     def merge(
         self, base: Tensor, operands: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        merged = torch.zeros_like(operands[0])
-        for i, model in enumerate(operands):
-            merged = merged + model * state["weight"][i]
+        merged = weighted_sum(operands, state["weight"])
         return (merged / state["divisor"] if self.normalize else merged), []

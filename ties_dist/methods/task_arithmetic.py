@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, Method, State, float32, total
+from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, Method, State, float32, total, weighted_sum
 from ties_dist.parameter import Parameter
 
 
@@ -51,9 +51,7 @@ class TaskArithmetic(Method):
     def merge(
         self, base: Tensor, operands: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        merged = torch.zeros_like(base)
-        for i, delta in enumerate(operands):
-            merged = merged + delta * state["weight"][i]
+        merged = weighted_sum(operands, state["weight"])
         if self.normalize:
             merged = merged / state["divisor"]
         return base + merged * state["lambda"], []

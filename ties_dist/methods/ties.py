@@ -12,7 +12,18 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, Method, State, TrimRule, float32, total
+from ties_dist.methods.base import (
+    INT8_MASK,
+    LAMBDA,
+    WEIGHT,
+    Cut,
+    Method,
+    State,
+    TrimRule,
+    float32,
+    from_plus_zero,
+    total,
+)
 from ties_dist.parameter import Parameter
 
 
@@ -150,6 +161,7 @@ class Ties(Method):
             if self.aggregate == "mean":
                 share = state["weight"][i] if self.divide_by == "weights" else 1.0
                 divisor = divisor + torch.where(agree, share, 0.0)
+        result = from_plus_zero(result)
         if self.aggregate == "mean":
             return result / torch.where(divisor == 0, 1.0, divisor)
         if self.aggregate == "average":

@@ -1,0 +1,102 @@
+"""Exact order statistics from histograms, against sorting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equal, loadable
+from ties_dist.threshold import (
+    NO_WINDOW,
+    Histogram,
+    ModelCut,
+    TensorCut,
+    Threshold,
+    Window,
+    from_bits,
+    guess_window,
+    proves,
+    resolve,
+    split_points,
+    to_bits,
+)
+
+
+def counted(base: torch.Tensor, expert: torch.Tensor, window: Window) -> Histogram:
+    histogram = Histogram(window)
+    count_magnitudes(loadable(base), loadable(expert), histogram.coarse, histogram.fine, np.uint32(window.start_bits))
+    return histogram
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 2, 3, 1000])
+def test_histograms_give_the_exact_order_statistic(dtype: torch.dtype, n: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    base = torch.randn(n, generator=draw).to(dtype)
+    expert = (base.float() + torch.randn(n, generator=draw) * 0.01).to(dtype)
+    ordered = np.sort((expert.float() - base.float()).abs().numpy())[::-1]
+    for rank in sorted({1, n // 2 + 1, n}):
+        bucket = resolve(counted(base, expert, NO_WINDOW), rank)
+        assert isinstance(bucket, int)
+        found = resolve(counted(base, expert, Window(bucket, 1)), rank)
+        assert isinstance(found, Threshold)
+        value = ordered[rank - 1]
+        assert found.value == value
+        assert (found.above, found.equal) == ((ordered > value).sum(), (ordered == value).sum())
+        assert proves(rank, found.above, found.equal)
+
+
+def test_mixed_types_are_counted_as_float32_differences() -> None:
+    base, expert = torch.tensor([1.0, 1.0, -2.0]), torch.tensor([1.5, 0.75, -2.0], dtype=torch.bfloat16)
+    histogram = counted(base, expert, NO_WINDOW)
+    for magnitude in (0.5, 0.25, 0.0):
+        assert histogram.coarse[to_bits(magnitude) >> 16] == 1
+    assert histogram.total == 3
+
+
+def test_nonfinite_deltas_are_counted_apart() -> None:
+    base = torch.tensor([0.0, torch.inf, 1.0, 2.0])
+    expert = torch.tensor([torch.nan, torch.inf, torch.inf, 2.0])
+    assert counted(base, expert, NO_WINDOW).nonfinite == 3
+
+
+def test_subnormal_deltas_keep_their_order() -> None:
+    tiny = torch.tensor([1e-45, 3e-45, 0.0, 1e-40])
+    histogram = counted(torch.zeros(4), tiny, Window(0, 1))
+    found = resolve(histogram, 3)
+    assert isinstance(found, Threshold)
+    assert found.value == float(tiny[0])
+
+
+def test_guessed_window_holds_the_threshold_of_what_it_was_drawn_from() -> None:
+    magnitudes = np.abs(np.random.default_rng(0).standard_normal(100_000)).astype(np.float32)
+    window = guess_window(magnitudes, 0.2)
+    assert to_bits(float(np.sort(magnitudes)[-20_000])) >> 16 in window
+    assert guess_window(magnitudes[:0], 0.2) == NO_WINDOW
+
+
+def test_ties_are_found_in_order() -> None:
+    base, expert = loadable(torch.zeros(6)), loadable(torch.tensor([2.0, 1.0, -2.0, 2.0, 0.0, -2.0]))
+    bits = np.uint32(to_bits(2.0))
+    assert count_equal(base, expert, bits) == 4
+    assert [find_equal(base, expert, bits, rank) for rank in range(5)] == [0, 2, 3, 5, -1]
+
+
+def test_a_whole_model_cut_falls_on_each_tensor_in_canonical_order() -> None:
+    cut = ModelCut(Threshold(bits=7, above=0, equal=9), tensor="m", before=3)
+    assert [cut.of(name, 10) for name in ("a", "m", "z")] == [TensorCut(7, 10), TensorCut(7, 3), TensorCut(7, 0)]
+    assert ModelCut(Threshold(bits=7, above=0, equal=9)).of("z", 10) == TensorCut(7, 10)
+
+
+def test_slices_are_split_only_inside() -> None:
+    cuts = (TensorCut(1, 0), TensorCut(1, 5), TensorCut(1, 5), TensorCut(1, 8), TensorCut(1, 10))
+    assert split_points(cuts, 0, 10) == [5, 8]
+    assert split_points(cuts, 5, 8) == []
+
+
+def test_bit_patterns_order_like_magnitudes() -> None:
+    values = [0.0, 1e-45, 1e-38, 0.1, 1.0, 3e38, float("inf")]
+    patterns = [to_bits(v) for v in values]
+    assert patterns == sorted(patterns)
+    assert [from_bits(p) for p in patterns] == [float(np.float32(v)) for v in values]
