@@ -54,7 +54,7 @@ def random_models(
 ) -> list[dict[str, Tensor]]:
     """A base and its fine-tunes; the scale of the deltas differs by tensor, so whole-model and per-tensor trims do."""
     draw = torch.Generator().manual_seed(seed)
-    base = {name: torch.randn(*shape, generator=draw) * 0.02 for name, shape in shapes.items()}
+    base = {name: torch.randn(tuple(shape), generator=draw) * 0.02 for name, shape in shapes.items()}
     models = [{name: t.to(dtype) for name, t in base.items()}]
     for _ in range(experts):
         models.append(

@@ -198,7 +198,7 @@ def _assemble(layout: _Layout, merged: Array, first: Model, out_dtype: str | Non
     """The first model with its mergeable tensors replaced, each cast once; everything else is its bytes."""
     tensors = {name: array.copy() for name, array in first.items()}
     for name, values in layout.split(merged, first).items():
-        stored: np.dtype[Any] = first[name].dtype if out_dtype is None else DTYPES[out_dtype]
+        stored: Any = first[name].dtype if out_dtype is None else DTYPES[out_dtype]
         tensors[name] = narrow(values, stored)
     return tensors
 
@@ -367,7 +367,7 @@ def ties(
 
     # Aggregate the agreeing values. `average` is the mean with its divisor fixed at what full agreement would give.
     one = np.float32(1)
-    total = np.zeros(layout.numel, dtype=np.float32)
+    total: Array = np.zeros(layout.numel, dtype=np.float32)
     agreeing_weight = np.zeros(layout.numel, dtype=np.float32)
     agreeing_count = np.zeros(layout.numel, dtype=np.float32)
     all_weight = np.zeros(layout.numel, dtype=np.float32)
@@ -384,6 +384,7 @@ def ties(
         # Strictly larger: of equal magnitudes without an election the first expert's stands.
         largest = np.where(agrees & (np.abs(values) > np.abs(largest)), values, largest)
     counting = rule["divide_by"] == "count"
+    merged: Array
     if aggregate == "mean":
         divisor = agreeing_count if counting else agreeing_weight
         merged = total / np.where(divisor == 0, one, divisor)
@@ -396,7 +397,7 @@ def ties(
 
     positive = np.zeros(layout.numel, dtype=bool)
     negative = np.zeros(layout.numel, dtype=bool)
-    magnitude = np.zeros(layout.numel, dtype=np.float64)
+    magnitude: Array = np.zeros(layout.numel, dtype=np.float64)
     for values in weighted:
         positive |= values > 0
         negative |= values < 0
@@ -432,7 +433,7 @@ def task_arithmetic(
     weights = [1.0] * len(experts) if weights is None else list(weights)
     layout = _layout([base, *experts], exclude)
     origin = layout.flatten(base)
-    total = np.zeros(layout.numel, dtype=np.float32)
+    total: Array = np.zeros(layout.numel, dtype=np.float32)
     for expert, weight in zip(experts, weights, strict=True):
         total = total + (layout.flatten(expert) - origin) * layout.spread(weight)
     return _assemble(layout, total * layout.spread(lam) + origin, base, out_dtype)
@@ -449,7 +450,7 @@ def linear(
     """Weighted mean of the models (their weighted sum if not `normalize`); the first supplies all else."""
     weights = [1.0] * len(models) if weights is None else list(weights)
     layout = _layout(models, exclude)
-    total = np.zeros(layout.numel, dtype=np.float32)
+    total: Array = np.zeros(layout.numel, dtype=np.float32)
     denominator = np.zeros(layout.numel, dtype=np.float32)
     for model, weight in zip(models, weights, strict=True):
         total = total + layout.flatten(model) * layout.spread(weight)

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def _merge(
         blocks,
         bytes_read=passes.worker.requested_bytes,
         elapsed_seconds=time.monotonic() - began,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss_bytes(),
         resumed_units=resumed,
         redone_units=passes.redone,
         kernel=passes.worker.kernel.kind,
@@ -149,6 +150,15 @@ def _merge(
     }
     publish(folder, job.plan.layout, blocks, report, companions, origin, keeper.lock.check)
     return report
+
+
+def peak_rss_bytes() -> int:
+    """This process's largest resident set. Not `ru_maxrss`: it is inherited from the process that started this one."""
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _take_over(passes: Passes, writer: LocalWriter, record: Record, *, trust: bool) -> int:

@@ -34,6 +34,8 @@ from tests.oracle import Array
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUBJECTS = ("oracle", "engine")
+# The command ignores this when it is imported; pytest restores the filters between tests.
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 LAYERS = 3
 HIDDEN, INNER, KEYS, VOCABULARY = 16, 24, 8, 48
 CONFIG = {

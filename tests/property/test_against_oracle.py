@@ -125,10 +125,10 @@ def ties_options(draw: st.DrawFn) -> dict[str, Any]:
     return {"semantics": draw(st.sampled_from(("paper", "mergekit", "peft")))} | options
 
 
-def draw_weights(data: st.DataObject, experts: int, *, signed: bool, zero: bool = True) -> list[float]:
+def draw_weights(data: st.DataObject, experts: int, *, signed: bool) -> list[float]:
     """One weight per expert: any sign, or positive with a zero among them."""
     weights = data.draw(st.lists(SIGNED if signed else POSITIVE, min_size=experts, max_size=experts), label="weights")
-    if zero and not signed and experts > 1 and data.draw(st.booleans(), label="one weight is zero"):
+    if not signed and experts > 1 and data.draw(st.booleans(), label="one weight is zero"):
         weights[0] = 0.0
     return weights
 
@@ -157,9 +157,7 @@ def assert_same_bytes(expected: dict[str, Array], merge: Callable[[], dict[str, 
 def test_ties_gives_the_oracles_bytes(drawn: Drawn, options: dict[str, Any], data: st.DataObject) -> None:
     experts = len(drawn.experts)
     densities = data.draw(st.lists(DENSITIES, min_size=experts, max_size=experts), label="densities")
-    # What a weight of zero means in the peft column is settled by peft itself, in tests/conformance.
-    semantics = options["semantics"]
-    weights = draw_weights(data, experts, signed=semantics == "mergekit", zero=semantics != "peft")
+    weights = draw_weights(data, experts, signed=options["semantics"] == "mergekit")
     lam = data.draw(LAMBDAS, label="lambda")
     out_dtype = data.draw(st.sampled_from((None, *STORED)), label="out_dtype")
     patterns = st.sampled_from([name[:5] + "*" for name in drawn.base])  # an error if a pattern matches no tensor
