@@ -96,17 +96,22 @@ class RunLock:
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._beating.start()
         watched: dict[str, tuple[str, float]] = {}
-        while not self._try(watched, wait=wait):
-            time.sleep(min(1.0, self.lease_seconds / 10))
-            if stop is not None and stop.is_set():
-                self.release()
-                raise StoppedError("stopped while waiting for the other run; nothing was done.")
+        try:
+            while not self._try(watched, wait=wait):
+                time.sleep(min(1.0, self.lease_seconds / 10))
+                if stop is not None and stop.is_set():
+                    raise StoppedError("stopped while waiting for the other run; nothing was done.")
+        except BaseException:
+            self.release()  # not under the guard: flock would wait for ourselves
+            raise
 
     def _try(self, watched: dict[str, tuple[str, float]], *, wait: bool) -> bool:
         with self._guard():
             holder = self.holder()
             if holder is None or holder.is_dead(self.me) or self._expired(holder, watched, wait=wait):
-                write_durably(self.path, json.dumps(asdict(self.me)))
+                claim = self.folder / f"claim-{self.token}"
+                write_durably(claim, json.dumps(asdict(self.me)))
+                claim.replace(self.path)
                 if holder is not None:
                     self._lease(holder.token).unlink(missing_ok=True)
                 # Where the file system has no flock, two takers may both get here: the later write wins.
@@ -123,14 +128,13 @@ class RunLock:
         before, since = watched.setdefault(holder.token, (lease, time.monotonic()))
         local = holder.host == self.me.host and holder.namespace == self.me.namespace
         if not wait and (local or lease != before):
-            self.release()
             raise LockedError(
                 f"another run is merging into {self.folder.parent}: {holder}. Wait for its end (`--wait` does), or "
                 "choose another OUT."
             )
         if lease != before:
             watched[holder.token] = (lease, time.monotonic())
-        return not local and time.monotonic() - since > self.lease_seconds and lease == before
+        return lease == before and time.monotonic() - since > self.lease_seconds
 
     def holder(self) -> Holder | None:
         try:
