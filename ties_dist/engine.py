@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ties_dist.errors import CheckpointError, NumericError, listing
+from ties_dist.errors import CheckpointError, NumericError, StoppedError, listing
 from ties_dist.executors.base import Executor
 from ties_dist.journal import Journal, Record, pack, read_journals
 from ties_dist.lock import RunLock
@@ -77,13 +77,15 @@ def run(
     began = time.monotonic()
     folder = OutFolder(path=out, fingerprint=job.plan.fingerprint)
     folder.check([Path(m.path) for m in (job.plan.base, *job.plan.experts, *job.plan.extras)])
+    _ = job.stamps  # taken now: while this run waits for the lock, its inputs may change
     lock = RunLock(folder.state)
     lock.acquire(wait=wait, stop=stop)
     try:
         if (done := claim(folder, job, fresh=fresh, overwrite=overwrite)) is not None:
             return done
-        check_space(folder, job)
-        writer = LocalWriter(folder.parts, folder.path)
+        record = read_journals(folder.run)
+        check_space(folder, job, publishing=record.publishing)
+        writer = LocalWriter(folder.parts, folder.path, fence=lock.check)
         try:
             keeper = DurableKeeper(lock, writer, Journal(folder.run / f"journal-{lock.token}.jsonl"))
             passes = Passes(
@@ -96,7 +98,10 @@ def run(
                 store=store,
                 scan_checkpoint=folder.run / "scan.npz",
             )
-            return _merge(job, folder, passes, keeper, trust_journal=trust_journal, began=began)
+            return _merge(job, folder, record, passes, keeper, trust=trust_journal, stop=stop, began=began)
+        except NumericError:
+            shutil.rmtree(folder.run, ignore_errors=True)  # of no use to a run with repaired inputs
+            raise
         finally:
             writer.close()
     finally:
@@ -104,24 +109,30 @@ def run(
 
 
 def _merge(
-    job: Job, folder: OutFolder, passes: Passes, keeper: DurableKeeper, *, trust_journal: bool, began: float
+    job: Job,
+    folder: OutFolder,
+    record: Record,
+    passes: Passes,
+    keeper: DurableKeeper,
+    *,
+    trust: bool,
+    stop: threading.Event | None,
+    began: float,
 ) -> MergeReport:
-    record = read_journals(folder.run)
-    if not record.publishing:  # afterwards some files have their final names already
-        for shard in job.plan.layout.shards:
+    shards = job.plan.layout.shards
+    kept = {s.name for s in shards if folder.part(s, publishing=record.publishing) is not None}
+    for shard in shards:
+        if shard.name not in kept:
             keeper.writer.create(shard.name, shard.size)
     passes.cuts |= record.cuts
     passes.find_thresholds(record.thresholds)
-    resumed = _take_over(passes, keeper.writer, record, trust=trust_journal)
+    current = record.covering(r for r in record.merged if r.unit.shard in kept and passes.is_current(r))
+    resumed = _take_over(passes, keeper.writer, current, trust=trust, stop=stop)
     passes.merge_missing()
     passes.settle_majority()
     passes.prove()
-    try:
-        passes.check_numbers()
-        _check_inputs(job)
-    except (NumericError, CheckpointError):
-        shutil.rmtree(folder.run, ignore_errors=True)  # of no use to any later run
-        raise
+    passes.check_numbers()
+    _check_inputs(job, folder)
     blocks = _blocks(job, passes)
     report = describe(
         job,
@@ -161,25 +172,29 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _take_over(passes: Passes, writer: LocalWriter, record: Record, *, trust: bool) -> int:
+def _take_over(
+    passes: Passes, writer: LocalWriter, results: Sequence[MergeResult], *, trust: bool, stop: threading.Event | None
+) -> int:
     """Accept journalled ranges that today's thresholds would give and whose bytes are still what they were."""
-    chosen = record.covering(r for r in record.merged if passes.is_current(r))
-    if not chosen:
+    if not results:
         return 0
-    with phase(passes.progress, "check", sum(r.unit.nbytes for r in chosen)):
-        for result in chosen:
+    with phase(passes.progress, "check", sum(r.unit.nbytes for r in results)):
+        for result in results:
+            if stop is not None and stop.is_set():
+                raise StoppedError("stopped; everything finished is kept. Run the same command again to resume.")
             unit = result.unit
             if trust or block_digests(writer.read(unit.shard, unit.start, unit.stop)) == result.blocks:
                 passes.results[unit] = result
             passes.progress.advance(unit.nbytes)
-    logger.info("resuming: %d of %d journalled units stand", len(passes.results), len(chosen))
+    logger.info("resuming: %d of %d journalled units stand", len(passes.results), len(results))
     return len(passes.results)
 
 
-def _check_inputs(job: Job) -> None:
-    """Raises CheckpointError where an input file was changed while it was read."""
+def _check_inputs(job: Job, folder: OutFolder) -> None:
+    """Raises CheckpointError, and discards the work, where an input file was changed while it was read."""
     now = stamp_inputs([job.plan.base, *job.plan.experts, *job.plan.extras])
     if changed := sorted(name for name, stamp in job.stamps.items() if now.get(name) != stamp):
+        shutil.rmtree(folder.run, ignore_errors=True)
         raise CheckpointError(
             listing("inputs were changed while they were merged:", changed, "Nothing was published. Run again.")
         )

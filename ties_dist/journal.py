@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ties_dist.plan import Unit, digest
-from ties_dist.storage.local import output_error
+from ties_dist.storage.local import output_error, sync_folder
 from ties_dist.threshold import Cuts, ModelCut, TensorCut, Threshold
 from ties_dist.work import MergeResult
 
@@ -63,10 +64,13 @@ class Journal:
         if not self._pending:
             return
         try:
+            known = self.path.exists()
             with open(self.path, "ab") as file:
                 file.write("".join(self._pending).encode())
                 file.flush()
                 os.fsync(file.fileno())
+            if not known:
+                sync_folder(self.path.parent)
         except OSError as error:
             raise output_error(error, self.path) from error
         self._pending.clear()
@@ -82,14 +86,19 @@ class Record:
     publishing: bool = False
 
     def covering(self, valid: Iterable[MergeResult]) -> list[MergeResult]:
-        """Of the valid results the newest of each range, and none that overlaps another: they count everything once."""
-        newest = {result.unit: result for result in valid}
-        chosen: list[MergeResult] = []
-        for result in sorted(newest.values(), key=lambda r: r.unit):
-            last = chosen[-1].unit if chosen else None
-            if last is None or last.shard != result.unit.shard or last.stop <= result.unit.start:
-                chosen.append(result)
-        return chosen
+        """Of the valid results the newest of each byte, and none that overlaps another: they count everything once.
+
+        valid: oldest first. What a later range overlaps was found bad when that was written.
+        """
+        chosen: dict[str, list[tuple[int, MergeResult]]] = {}
+        for result in reversed(list(valid)):
+            unit = result.unit
+            taken = chosen.setdefault(unit.shard, [])
+            place = bisect_left(taken, unit.start, key=lambda t: t[0])
+            free_before = place == 0 or taken[place - 1][1].unit.stop <= unit.start
+            if free_before and (place == len(taken) or unit.stop <= taken[place][0]):
+                taken.insert(place, (unit.start, result))
+        return [result for shard in sorted(chosen) for _, result in chosen[shard]]
 
 
 def pack(cuts: Sequence[ModelCut]) -> list[object]:

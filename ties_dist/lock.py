@@ -2,14 +2,15 @@
 
 A plain shared file system cannot enforce a fencing token, so the lock only keeps honest drivers apart; late writers are
 made harmless elsewhere (identical bytes, own journals, the token checked before each commit and rename; design.md).
-A provably dead holder (same boot and process namespace, process gone) is replaced at once, another one after its lease
-stood still for a minute by our own clock.
+A provably dead holder (same host, boot and process namespace, process gone) is replaced at once, another one after its
+lease stood still for a minute by our own clock. Equal host names alone prove nothing: cloned machines share them.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -25,13 +26,18 @@ import psutil
 from ties_dist.errors import LockedError, StoppedError
 from ties_dist.storage.local import output_error, write_durably
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lock. boot and namespace make a process id comparable; started tells a recycled one."""
+    """Who holds a lock. boot and namespace make a process id comparable; started tells a recycled one.
+
+    started: as `_started` gives it.
+    """
 
     token: str
     host: str
@@ -49,23 +55,29 @@ class Holder:
             boot=_first_line("/proc/sys/kernel/random/boot_id"),
             namespace=_link("/proc/self/ns/pid"),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            started=_started(os.getpid()) or 0.0,
             since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
+    def shares_processes(self, me: Holder) -> bool:
+        """Whether the holder's process id means the same process here."""
+        return (self.host, self.boot, self.namespace) == (me.host, me.boot, me.namespace)
+
     def is_dead(self, me: Holder) -> bool:
         """Whether it is certain from here that the holder is gone."""
-        if self.host != me.host or self.namespace != me.namespace:
+        if not self.shares_processes(me):
             return False
-        if self.boot != me.boot:
-            return True
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
-        except psutil.NoSuchProcess:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
             return True
+        except OSError:  # another user's: it is there
+            pass
+        started = _started(self.pid)
+        return started is not None and started != self.started
 
 
 @dataclass
@@ -125,8 +137,12 @@ class RunLock:
         lease = ""
         with suppress(OSError):
             lease = self._lease(holder.token).read_text()
-        before, since = watched.setdefault(holder.token, (lease, time.monotonic()))
-        local = holder.host == self.me.host and holder.namespace == self.me.namespace
+        local = holder.shares_processes(self.me)
+        if holder.token not in watched:
+            watched[holder.token] = (lease, time.monotonic())
+            if wait or not local:
+                logger.info("%s is locked by %s: watching whether that is alive", self.folder.parent, holder)
+        before, since = watched[holder.token]
         if not wait and (local or lease != before):
             raise LockedError(
                 f"another run is merging into {self.folder.parent}: {holder}. Wait for its end (`--wait` does), or "
@@ -156,11 +172,12 @@ class RunLock:
         self._stop.set()
         if self._beating is not None:
             self._beating.join()
-        with self._guard():
-            current = self.holder()
-            if current is not None and current.token == self.token:
-                self.path.unlink(missing_ok=True)
-        self._lease(self.token).unlink(missing_ok=True)
+        with suppress(OSError):  # OUT may be gone or read-only by now: that is not what the run ended for
+            with self._guard():
+                current = self.holder()
+                if current is not None and current.token == self.token:
+                    self.path.unlink(missing_ok=True)
+            self._lease(self.token).unlink(missing_ok=True)
 
     def _lease(self, token: str) -> Path:
         return self.folder / f"lease-{token}"
@@ -181,6 +198,24 @@ class RunLock:
                 fcntl.flock(guard, fcntl.LOCK_EX)
                 self._guarded = True
             yield
+
+
+def _started(pid: int) -> float | None:
+    """When a process began; -1 where it has ended and only waits to be reaped, None where that cannot be read.
+
+    In clock ticks since the boot: psutil's `create_time` moves with the system clock, and an adjusted clock must not
+    make a living process look like a recycled id.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return -1.0 if state in "ZX" else float(fields[18])
+    except (OSError, ValueError):
+        pass
+    try:  # no /proc: not Linux
+        process = psutil.Process(pid)
+        return -1.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
 
 
 def _first_line(path: str) -> str:

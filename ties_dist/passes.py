@@ -65,7 +65,7 @@ class Passes:
     thresholds_from: str | None = None
     redone: int = 0
     sign_sum: int = 0
-    """Of this run's units so far: a guess at the majority sign, proven or redone at the end."""
+    """Of the units so far: a guess at the majority sign, proven or redone at the end."""
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -120,6 +120,8 @@ class Passes:
         for unit in self.results:
             done.setdefault(unit.shard, []).append((unit.start, unit.stop))
         missing = list(self.plan.units(done))
+        if self.results and self.plan.method.asks_majority:
+            self.sign_sum = self.totals.get("sign_sum")
         with self._timed("merge"), phase(self.progress, "merge", sum(u.nbytes for u in missing)):
             for group in self._groups(missing):
                 self._merge(group)
@@ -188,12 +190,14 @@ class Passes:
     def prove(self) -> None:
         """Raises ProofError unless the entries counted above and at each threshold prove it (design.md, promise 2).
 
-        Thresholds from a stale cache entry are dropped, found by a scan, and what they changed is redone.
+        Thresholds from a stale cache entry (taken now, or by the run that this one resumes) are dropped, found by a
+        scan, and what they changed is redone.
         """
         wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
-        if wrong and self.thresholds_from == "cache" and self.store is not None:
+        if wrong and self.thresholds_from in ("cache", "journal"):
             logger.warning("cached statistics are stale (%s): counting again", wrong[0])
-            for i in range(len(self.plan.experts)):
+            for i in range(len(self.plan.experts) if self.store is not None else 0):
+                assert self.store is not None
                 self.store.discard(self.store.key(self.plan, i))
             self._scan()
             stale = [r.unit for r in self.results.values() if not self.is_current(r)]
@@ -208,7 +212,7 @@ class Passes:
     def check_numbers(self) -> None:
         """Raises NumericError where NaN or Inf came in or went out."""
         if problems := self.totals.nonfinite(self.plan):
-            raise NumericError(listing("NaN or Inf:", problems, "Nothing was published."))
+            raise NumericError(listing("some numbers are not finite:", problems, "Nothing was published."))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

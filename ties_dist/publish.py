@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ties_dist.errors import OutputError
-from ties_dist.layout import INDEX_NAME, Layout
+from ties_dist.layout import INDEX_NAME, Layout, OutputShard
 from ties_dist.models import ModelReference
 from ties_dist.recipe import Recipe
 from ties_dist.report import MergeReport
@@ -75,21 +75,26 @@ class OutFolder:
         try:
             report = MergeReport.from_json((self.state / "report.json").read_text())
             manifest = json.loads((self.state / "manifest.json").read_text())
-        except (OSError, ValueError, TypeError, KeyError):
+            shards = {name: shard["size"] for name, shard in manifest["shards"].items()}
+            same = manifest["fingerprint"] == report.fingerprint
+            whole = all((self.path / name).stat().st_size == size for name, size in shards.items())
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        names = [*manifest["shards"], *([INDEX_NAME] if len(manifest["shards"]) > 1 else [])]
-        whole = manifest["fingerprint"] == report.fingerprint and all((self.path / n).is_file() for n in names)
-        sizes = (
-            all((self.path / n).stat().st_size == s["size"] for n, s in manifest["shards"].items()) if whole else False
-        )
-        return report if whole and sizes else None
+        indexed = len(shards) == 1 or (self.path / INDEX_NAME).is_file()
+        return report if same and whole and indexed else None
 
     def holds_model(self) -> bool:
         return any(self.path.glob("*.safetensors")) or (self.path / INDEX_NAME).exists()
 
-    def part(self, shard: str) -> Path:
-        """Where a shard's bytes are: its partial file, or its final one once it is renamed."""
-        return self.parts / shard if (self.parts / shard).exists() else self.path / shard
+    def part(self, shard: OutputShard, *, publishing: bool) -> Path | None:
+        """Where a shard's bytes are, if they are there at its full size: its partial file, or its final one.
+
+        publishing: whether this merge has begun to rename; before that a final file is an older model's.
+        """
+        for path in (self.parts / shard.name, *([self.path / shard.name] if publishing else [])):
+            if path.exists():
+                return path if path.stat().st_size == shard.size else None
+        return None
 
 
 def publish(
@@ -106,7 +111,8 @@ def publish(
     blocks: digests by shard. origin: what `verify` needs to merge a sample again. check: raises where another driver
     took over.
     """
-    check()
+    if lost := [s.name for s in layout.shards if out.part(s, publishing=True) is None]:
+        raise OutputError(f"{', '.join(lost)} vanished from {out.parts}. Run the same command again: it resumes.")
     manifest = {
         "fingerprint": out.fingerprint,
         "output_digest": report.output_digest,
@@ -116,10 +122,11 @@ def publish(
     }
     pending = {s.name for s in layout.shards if (out.parts / s.name).exists()}
     try:
-        _remove_old(out, keep={s.name for s in layout.shards} - pending, companions=set(companions))
+        _remove_old(out, keep={s.name for s in layout.shards} - pending, companions=set(companions), check=check)
+        # Before the companions: whoever replaces a half-published model has to know which files are its own.
+        write_durably(out.state / "manifest.json", json.dumps(manifest))
         for name, content in companions.items():
             write_durably(out.path / name, content)
-        write_durably(out.state / "manifest.json", json.dumps(manifest))
         write_durably(out.state / "report.json", report.to_json())
         for shard in layout.shards:
             if shard.name in pending:
@@ -134,12 +141,14 @@ def publish(
     shutil.rmtree(out.run, ignore_errors=True)
 
 
-def _remove_old(out: OutFolder, keep: set[str], companions: set[str]) -> None:
+def _remove_old(out: OutFolder, keep: set[str], companions: set[str], check: Callable[[], None]) -> None:
     """Remove what an older model left: its index first, so that it is no model from the first moment on."""
+    check()
     (out.path / INDEX_NAME).unlink(missing_ok=True)
     for path in [*out.path.glob("*.safetensors.index.json"), *out.path.glob("*.safetensors")]:
         if path.name not in keep:
-            path.unlink()
+            check()
+            path.unlink(missing_ok=True)
     try:
         old = json.loads((out.state / "manifest.json").read_text())["companions"]
     except (OSError, ValueError, KeyError):

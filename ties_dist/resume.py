@@ -96,14 +96,16 @@ def _unfinished(out: OutFolder, job: Job, other: str) -> OutputError | Checkpoin
     )
 
 
-def check_space(out: OutFolder, job: Job) -> None:
-    """Raises PlanError where the disk has no room for what is still to be written."""
+def check_space(out: OutFolder, job: Job, *, publishing: bool) -> None:
+    """Raises PlanError where the disk has no room for what is still to be written. publishing: see `OutFolder.part`."""
     needed = job.plan.layout.total_bytes
-    have = sum(p.stat().st_blocks * 512 for p in out.parts.glob("*") if p.is_file())
+    files = (out.part(shard, publishing=publishing) for shard in job.plan.layout.shards)
+    have = sum(file.stat().st_blocks * 512 for file in files if file is not None)
     free = shutil.disk_usage(out.path).free
     if needed - have + SPARE_BYTES > free:
         raise PlanError(
             f"the disk of {out.path} has {readable(free)} free; the output needs {readable(needed)}"
             + (f", of which {readable(have)} are there" if have else "")
-            + ". Free some space (a merge that is replaced stays until the new one is whole), or choose another OUT."
+            + f", and {readable(SPARE_BYTES)} to spare. Free some space (a model that is replaced stays until the new one is whole), or "
+            "choose another OUT."
         )

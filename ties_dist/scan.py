@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ SAMPLE_SLICES = 1024
 SAMPLE_ELEMENTS = 2048
 """1,000 pages of 2,048 elements predicted the exact bf16 threshold in 60 of 60 trials, whatever the model's size."""
 CHECKPOINT_SECONDS = 20.0
+NAMED_TENSORS = 20
+"""With NaN or Inf: read again to say in which model."""
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Scan:
 
     def _finish(self, total: Observation, windows: Mapping[int, Window]) -> None:
         if total.nonfinite:
-            raise nonfinite_error(self.plan, total.nonfinite)
+            raise nonfinite_error(self.plan, self.worker, total.nonfinite)
         for i, window in windows.items():
             histogram = total.histograms.get(i, Histogram(window))
             assert histogram.total == self.plan.elements, "a scan must count every element exactly once"
@@ -154,14 +157,10 @@ class Scan:
     def _resume(self, windows: Mapping[int, Window]) -> tuple[Ledger, set[Unit]]:
         total = Observation()
         if self.keep is not None and self.keep.exists():
-            with np.load(self.keep) as kept:
-                facts = json.loads(kept["facts"].tobytes())
-                if facts["windows"] == [[i, *w] for i, w in sorted(windows.items())]:
-                    total.units = {Unit(*u) for u in facts["units"]}
-                    total.nonfinite = {(i, name): n for i, name, n in facts["nonfinite"]}
-                    total.histograms = {
-                        i: Histogram(w, kept[f"coarse{i}"], kept[f"fine{i}"]) for i, w in windows.items() if total.units
-                    }
+            try:
+                total = _counts_so_far(self.keep, windows)
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                logger.warning("the counts of the interrupted scan are damaged (%s): counting again", error)
         done: dict[str, list[tuple[int, int]]] = {}
         for unit in total.units:
             done.setdefault(unit.shard, []).append((unit.start, unit.stop))
@@ -204,8 +203,21 @@ class Scan:
             cuts[tensor] = found
             nonfinite |= bad
         if nonfinite:
-            raise nonfinite_error(self.plan, nonfinite)
+            raise nonfinite_error(self.plan, self.worker, nonfinite)
         return cuts
+
+
+def _counts_so_far(path: Path, windows: Mapping[int, Window]) -> Observation:
+    """What an interrupted scan of the same windows left; nothing where it had others."""
+    with np.load(path) as kept:
+        facts = json.loads(kept["facts"].tobytes())
+        if facts["windows"] != [[i, *w] for i, w in sorted(windows.items())] or not facts["units"]:
+            return Observation()
+        return Observation(
+            units={Unit(*u) for u in facts["units"]},
+            nonfinite={(i, name): n for i, name, n in facts["nonfinite"]},
+            histograms={i: Histogram(w, kept[f"coarse{i}"], kept[f"fine{i}"]) for i, w in windows.items()},
+        )
 
 
 def sample_slices(plan: MergePlan) -> list[tuple[str, int, int]]:
@@ -226,16 +238,24 @@ def sample_slices(plan: MergePlan) -> list[tuple[str, int, int]]:
     return sorted(slices)
 
 
-def nonfinite_error(plan: MergePlan, counts: Mapping[tuple[int, str], int]) -> NumericError:
-    """NaN or Inf met while counting deltas. counts: (expert, tensor) -> entries."""
-    problems = [
-        f"{tensor}: {count:,} NaN or Inf in the delta of expert '{plan.experts[expert].name}' to the base"
-        for (expert, tensor), count in sorted(counts.items(), key=lambda item: (item[0][1], item[0][0]))
-    ]
+def nonfinite_error(plan: MergePlan, worker: Worker, counts: Mapping[tuple[int, str], int]) -> NumericError:
+    """NaN or Inf met while counting deltas. counts: (expert, tensor) -> entries.
+
+    Reads the first of these tensors again: a delta does not tell whether base or expert is to blame.
+    """
+    tensors = sorted({tensor for _, tensor in counts})
+    problems = []
+    for tensor in tensors[:NAMED_TENSORS]:
+        blamed = [f"{tensor}: {n:,} NaN or Inf in '{name}'" for name, n in worker.count_nonfinite(tensor).items() if n]
+        problems += blamed or [
+            f"{tensor}: expert '{plan.experts[expert].name}' minus the base overflows float32 in {count:,} entries"
+            for (expert, name), count in sorted(counts.items())
+            if name == tensor
+        ]
     return NumericError(
         listing(
-            f"NaN or Inf in the inputs, in {len({t for _, t in counts})} of {len(plan.counted)} tensors:",
-            problems,
-            "Nothing was written. Repair the checkpoint, or list these names under `exclude`.",
+            f"NaN or Inf in {len(tensors):,} of {len(plan.counted):,} tensors:",
+            problems + tensors[NAMED_TENSORS:],
+            "Nothing was published. Repair the checkpoint, or list these names under `exclude`.",
         )
     )

@@ -85,8 +85,10 @@ class Totals:
             out = int(counts[self.names["nonfinite_out"]])
             if out and not any(entries):
                 dtype = next(t.dtype for t in plan.counted if t.source == tensor)
+                remedy = "smaller weights or" if dtype == "F32" else "`out_dtype: float32` or"
                 problems.append(
-                    f"{tensor}: {out:,} results overflow {dtype}: use `out_dtype: float32` or a smaller lambda"
+                    f"{tensor}: the result overflows {dtype} in {out:,} of {plan.sizes[tensor]:,} entries: use "
+                    f"{remedy} a smaller lambda"
                 )
         return problems
 

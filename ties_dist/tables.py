@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from ties_dist.report import MergeReport, tie_warning
 
 if TYPE_CHECKING:
     from ties_dist.api import PlanReport
+
+PIPE_WIDTH = 200
+"""Columns where there is no terminal to ask: rich would take 80 and cut names and numbers short."""
 
 
 @dataclass
@@ -48,14 +52,21 @@ class BarProgress:
             self._bars = None
 
 
+def _console() -> Console:
+    """Standard output; names and paths are printed as they are, and no table is squeezed into a pipe."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
 def merge_table(report: MergeReport, out: Path) -> None:
     """Leads with density asked against share kept: ties make them differ (semantics.md)."""
-    console = Console(highlight=False)
+    console = _console()
     if report.already_done:
-        console.print(f"already done: {out} holds this merge (digest {report.output_digest})")
+        console.print(f"already done: {out} holds this merge (digest {report.output_digest})", soft_wrap=True)
         return
     if any(e.kept_fraction is not None for e in report.experts):
-        table = Table("expert", "weight", "density asked", "kept", "nonzero kept", "at threshold", "threshold")
+        table = Table("expert", "weight", "density asked", "kept", "nonzero kept", "at threshold")
+        table.add_column("threshold", no_wrap=True)
         for e in report.experts:
             table.add_row(
                 e.name,
@@ -89,7 +100,7 @@ def merge_table(report: MergeReport, out: Path) -> None:
 
 
 def plan_table(report: PlanReport) -> None:
-    console = Console(highlight=False)
+    console = _console()
     table = Table(show_header=False)
     best, worst = report.passes
     reads = [readable(b) for b in report.read_bytes]
@@ -145,7 +156,7 @@ def inspect_document(found: Checkpoint) -> dict[str, object]:
 
 
 def inspect_table(found: Checkpoint) -> None:
-    console = Console(highlight=False)
+    console = _console()
     dtypes = Counter[str]()
     for entry in found.tensors.values():
         dtypes[entry.dtype] += entry.numel
@@ -158,4 +169,4 @@ def inspect_table(found: Checkpoint) -> None:
         f"{len(found.tensors):,} tensors in {len(found.shards)} shards, {readable(found.nbytes)}: {kinds} elements"
     )
     for note in found.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)

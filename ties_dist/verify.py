@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ties_dist.errors import DamageError, OutputError, TiesDistError, listing
+from ties_dist.document import read_document
+from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDistError, listing
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.journal import unpack
 from ties_dist.passes import Forgetful, Passes
@@ -73,7 +74,8 @@ def _manifest(out: Path) -> dict[str, Any]:
         found = json.loads((out / STATE / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise OutputError(f"{out} is not a finished output of ties_dist: no readable manifest ({error}).") from error
-    assert isinstance(found, dict)
+    if not isinstance(found, dict) or not {"shards", "origin", "fingerprint"} <= found.keys():
+        raise OutputError(f"{out} is not a finished output of ties_dist: {STATE}/manifest.json is not a manifest.")
     return found
 
 
@@ -121,14 +123,9 @@ def _check_sample(
 ) -> tuple[int, int]:
     """Merge a random share of the units again and compare digests. Returns how many, and of how many."""
     origin = manifest["origin"]
-    job = prepare(
-        out / RECIPE_COPY,
-        resources=resources,
-        max_shard_bytes=origin["max_shard_bytes"],
-        fetch=lambda location: (out / origin["models"][location.text]).resolve(),
-    )
+    job = prepare(_recipe(out, origin["models"]), resources=resources, max_shard_bytes=origin["max_shard_bytes"])
     if job.plan.fingerprint != manifest["fingerprint"]:
-        raise DamageError(f"the inputs of {out} are not those it was merged from: a sample cannot be merged again.")
+        raise CheckpointError(f"the inputs of {out} are not what they were when it was merged.")
     units = list(job.plan.units())
     chosen = random.sample(units, max(1, min(len(units), round(share * len(units)))))
     passes = _passes(job, out)
@@ -141,8 +138,27 @@ def _check_sample(
                 problems.append(f"{unit.shard}: bytes {unit.start:,} to {unit.stop:,} differ from a new merge")
             progress.advance(unit.nbytes)
     if problems:
-        raise DamageError(listing(f"{out} is not what its recipe gives:", problems))
+        raise DamageError(
+            listing(f"{out} is not what its recipe gives:", problems, "The output or an input was changed since.")
+        )
     return len(chosen), len(units)
+
+
+def _recipe(out: Path, places: Mapping[str, str]) -> Mapping[str, object]:
+    """The resolved recipe with its models where they were, as seen from OUT: as written they may be relative."""
+    document, _, _ = read_document(out / RECIPE_COPY)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            keys = ("model", "base_model", "elect_from")
+            return {k: _place(out, places, v) if k in keys else placed(v) for k, v in value.items()}
+        return [placed(v) for v in value] if isinstance(value, list) else value
+
+    return cast("Mapping[str, object]", placed(document))
+
+
+def _place(out: Path, places: Mapping[str, str], text: str) -> str:
+    return str((out / places[text]).resolve()) if text in places else text
 
 
 def _passes(job: Job, out: Path) -> Passes:
@@ -164,7 +180,7 @@ def _again(passes: Passes, unit: Unit, majority: int) -> tuple[str, ...]:
     step = passes.worker.merge_step(passes.writer)
     task = passes.task(unit, majority)
     buffer, _, _ = step.compute(task, step.load(task))
-    return block_digests(buffer.data)
+    return block_digests(buffer.data[: unit.nbytes])
 
 
 def _blocks(manifest: Mapping[str, Any], unit: Unit) -> tuple[str, ...]:

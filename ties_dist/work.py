@@ -23,6 +23,7 @@ from ties_dist.layout import ITEM_BYTES, Segment
 from ties_dist.methods.base import Cut, State
 from ties_dist.plan import Input, MergePlan, Unit, digest
 from ties_dist.storage.base import BLOCK_BYTES, Reader, Span, Writer
+from ties_dist.storage.buffers import Buffers
 from ties_dist.threshold import (
     KEEP_ALL,
     KEEP_NONE,
@@ -205,6 +206,17 @@ class Worker:
                 rank -= int(count_equal(loadable(base), loadable(e), np.uint32(bits)))
         raise AssertionError(f"{tensor}: fewer entries at the threshold than counted")
 
+    def count_nonfinite(self, tensor: str) -> dict[str, int]:
+        """NaN and Inf in one tensor of base and experts, by name."""
+        counts = {}
+        for reader in (self.base, *self.experts):
+            count = 0
+            for start in range(0, self.plan.sizes[tensor], SELECT_SLICE):
+                with reader.slice(tensor, start, min(self.plan.sizes[tensor], start + SELECT_SLICE)) as values:
+                    count += int((~torch.isfinite(values)).sum())
+            counts[reader.model.name] = count
+        return counts
+
     def select(self, tensor: str, numel: int) -> tuple[Cuts, dict[tuple[int, str], int]]:
         """Exact thresholds of one tensor for every expert, and its non-finite counts.
 
@@ -331,6 +343,7 @@ class MergeStep:
 
     worker: Worker
     writer: Writer
+    buffers: Buffers = field(default_factory=Buffers)
 
     @cached_property
     def sign_counter(self) -> int | None:
@@ -348,8 +361,8 @@ class MergeStep:
     def compute(self, task: MergeTask, loaded: Loaded) -> tuple[np.ndarray, dict[str, tuple[int, ...]], int]:
         unit, worker = task.unit, self.worker
         shard = worker.plan.layout.by_name[unit.shard]
-        buffer = np.empty(unit.nbytes, dtype=np.uint8)
-        out = buffer.data
+        buffer = self.buffers.take(unit.nbytes)
+        out = buffer.data[: unit.nbytes]
         if unit.start < len(shard.header):
             head = shard.header[unit.start : unit.stop]
             out[: len(head)] = head
@@ -371,13 +384,15 @@ class MergeStep:
 
     def store(self, task: MergeTask, computed: tuple[np.ndarray, dict[str, tuple[int, ...]], int]) -> MergeResult:
         buffer, counts, dependent = computed
-        block = buffer.data
+        block = buffer.data[: task.unit.nbytes]
         self.writer.write(task.unit.shard, task.unit.start, block)
+        blocks = block_digests(block)
+        self.buffers.give(buffer)
         return MergeResult(
             unit=task.unit,
             state_digest=task.state_digest,
             majority=task.majority,
-            blocks=block_digests(block),
+            blocks=blocks,
             counts=counts,
             dependent=dependent,
             sign_sum=sum(c[self.sign_counter] for c in counts.values()) if self.sign_counter is not None else 0,

@@ -90,16 +90,20 @@ class LocalExecutor:
             worker.start()
         running = len(workers)
         failure: BaseException | None = None
-        while running:
-            partial = partials.get()
-            if isinstance(partial, Observation):
-                yield partial
-                continue
-            running -= 1
-            if partial is not None:
-                failure = failure or partial
-                with taking:
-                    waiting = iter(())
+        try:
+            while running:
+                partial = partials.get()
+                if isinstance(partial, Observation):
+                    yield partial
+                    continue
+                running -= 1
+                if partial is not None:
+                    failure = failure or partial
+                    with taking:
+                        waiting = iter(())
+        finally:
+            with taking:
+                waiting = iter(())  # where the caller gave up, the threads do too
         if failure is not None:
             raise failure
         self._check_stop()

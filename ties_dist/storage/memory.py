@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ties_dist.errors import CheckpointError
+from ties_dist.errors import CheckpointError, OutputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class MemoryWriter:
     files: dict[str, bytearray] = field(default_factory=dict)
 
     def create(self, name: str, size: int) -> None:
-        self.files[name] = bytearray(size)
+        if len(self.files.get(name, b"")) != size or name not in self.files:
+            self.files[name] = bytearray(size)
 
     def write(self, name: str, start: int, block: memoryview) -> None:
         self.files[name][start : start + len(block)] = block
@@ -48,4 +49,7 @@ class MemoryWriter:
         """Memory is as durable as it gets."""
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
+        held = len(self.files.get(name, b""))
+        if name not in self.files or stop > held:
+            raise OutputError(f"{name} ends at {held:,}, before {stop:,}.")
         return memoryview(self.files[name])[start:stop]
