@@ -19,6 +19,7 @@ from ties_dist.engine import run
 from ties_dist.errors import RecipeError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.kernels.merge import KernelKind
+from ties_dist.layout import ITEM_BYTES
 from ties_dist.methods import METHODS
 from ties_dist.passes import Forgetful, Passes
 from ties_dist.plan import MergePlan
@@ -30,11 +31,13 @@ from ties_dist.scan import sample_slices
 from ties_dist.statistics import StatisticsStore, cache_folder
 from ties_dist.storage.local import Backend, open_reader
 from ties_dist.storage.memory import MemoryReader, MemoryWriter
+from ties_dist.threshold import predict
 from ties_dist.work import TORCH_DTYPES, Worker
 
 Recipe = Path | str | Mapping[str, object]
 """A file, YAML text (a str of more than one line), or the document itself."""
 ExecutorName = Literal["auto", "local", "ray"]
+ThresholdPass = Literal["auto", "speculate", "scan"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -56,13 +59,15 @@ def merge(
     overwrite: bool = False,
     wait: bool = False,
     trust_journal: bool = False,
+    threshold_pass: ThresholdPass = "auto",
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     told: Callable[[Sequence[str]], None] | None = None,
 ) -> MergeReport:
     """Merge the models of a recipe into the folder `out`; resumes an interrupted run of the same merge.
 
-    memory_budget, unit_size, max_shard_size: bytes. stop: set it to end after the unit at hand (StoppedError; the same
+    memory_budget, unit_size, max_shard_size: bytes. threshold_pass: whether whole-model thresholds are scanned for, or
+    taken from a sample and proven by the merge's counts; `auto` does the latter where it is likely to hold. stop: set it to end after the unit at hand (StoppedError; the same
     call resumes). told: is given the plan's notes before the work starts. Raises the errors of `ties_dist.errors`.
     """
     _supported(executor, device)
@@ -84,6 +89,7 @@ def merge(
         overwrite=overwrite,
         wait=wait,
         trust_journal=trust_journal,
+        speculate={"auto": None, "speculate": True, "scan": False}[threshold_pass],
         stop=stop,
     )
 
@@ -163,7 +169,7 @@ def plan(
         units=sum(1 for _ in chosen.units()),
         unit_bytes=chosen.unit_bytes,
         passes=passes,
-        read_bytes=(passes[0] * chosen.input_bytes, passes[1] * chosen.input_bytes),
+        read_bytes=(passes[0] * chosen.input_bytes, passes[1] * chosen.input_bytes + _guess_bytes(chosen)),
         write_bytes=chosen.layout.total_bytes,
         projected_bytes=chosen.projected_bytes,
         memory_budget=chosen.memory_budget,
@@ -177,13 +183,30 @@ def plan(
 
 
 def _passes(chosen: MergePlan) -> tuple[int, int]:
-    """Reads of the inputs, best and worst: cached statistics save the scan, a wrong guess adds a read."""
+    """Reads of the inputs, best and worst: cached statistics save the scan, a wrong guess adds a read.
+
+    Ties that are cut are counted in another one, and units with exact cancellations are read again where the majority
+    sign was not what they assumed.
+    """
     rule = chosen.method.trim
     if rule is None:
         return 1, 1
+    extra = (rule.tie_policy == "exact_k") + chosen.method.asks_majority
     if rule.scope == "tensor":
-        return 3, 4 if rule.tie_policy == "exact_k" else 3  # all but the first from the page cache, where it has room
-    return 1, 4 if rule.tie_policy == "exact_k" else 3
+        return 3, 3 + extra  # all but the first from the page cache, where it has room
+    return 1, 3 + extra
+
+
+def _guess_bytes(chosen: MergePlan) -> int:
+    """Of the sample by which a whole-model scan guesses where to count finely."""
+    if chosen.method.trim is None or chosen.method.trim.scope == "tensor":
+        return 0
+    models = (chosen.base, *chosen.experts)
+    return sum(
+        (stop - start) * ITEM_BYTES[m.tensors[name].dtype]
+        for name, start, stop in sample_slices(chosen)[0]
+        for m in models
+    )
 
 
 def _free(out: Path) -> int:
@@ -199,17 +222,19 @@ def _sample(job: Job) -> Sample:
     thresholds: list[float | None] = []
     kept: list[float | None] = []
     zeros: list[float] = []
-    for i, magnitudes in enumerate(worker.sample(sample_slices(chosen)) if chosen.method.operand == "delta" else []):
-        zeros.append(float((magnitudes == 0).mean()) if magnitudes.size else 0.0)
+    magnitudes, weights = worker.sample(*sample_slices(chosen)) if chosen.method.operand == "delta" else ([], None)
+    for i, sampled in enumerate(magnitudes):
+        assert weights is not None
+        zeros.append(float(weights[sampled == 0].sum() / weights.sum()) if sampled.size else 0.0)
         density = job.recipe.experts[i].parameters["density"].constant if rule else None
-        rank = rule.rank(magnitudes.size, density) if rule and density and rule.scope == "model" else None
-        if not rank or not magnitudes.size:
+        rank = rule.rank(chosen.elements, density) if rule and density and rule.scope == "model" else None
+        if not rank or not sampled.size:
             thresholds.append(None)
             kept.append(density)
             continue
-        ordered = torch.from_numpy(magnitudes).sort(descending=True).values
-        thresholds.append(float(ordered[rank - 1]))
-        share = float((ordered >= ordered[rank - 1]).float().mean())
+        found = predict(sampled, weights, rank / chosen.elements)
+        share = found.above + found.equal
+        thresholds.append(found.value)
         kept.append(min(share, density or 1.0) if rule and rule.tie_policy == "exact_k" else share)
     return Sample(
         thresholds=tuple(thresholds),
@@ -286,8 +311,8 @@ def merge_state_dicts(
     )
     passes.find_thresholds()
     passes.merge_missing()
-    passes.settle_majority()
     passes.prove()
+    passes.settle_majority()
     passes.check_numbers()
     return _tensors(job, writer, parts[0])
 

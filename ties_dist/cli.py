@@ -86,6 +86,7 @@ def cli() -> None:
 @click.option("--executor", type=click.Choice(["auto", "local", "ray"]), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--kernel", type=click.Choice(["auto", "compiled", "eager"]), default="auto", show_default=True)
+@click.option("--threshold-pass", type=click.Choice(["auto", "speculate", "scan"]), default="auto", show_default=True)
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Statistics store.  [default: the user's cache]")
 @click.option("--fresh", is_flag=True, help="Discard an unfinished merge in OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace the finished model of another merge in OUT.")
@@ -221,6 +222,8 @@ class Interrupted(StoppedError):
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: maps the package's errors to exit statuses, without a traceback."""
+    # Before torch loads: OpenMP threads that spin between kernels take the cores from those that read and write.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         status = cli.main(arguments, prog_name="ties-dist", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -24,6 +24,7 @@ from ties_dist.publish import OutFolder, companion_files, model_card, publish
 from ties_dist.report import MergeReport
 from ties_dist.resume import check_space, claim
 from ties_dist.statistics import StatisticsStore
+from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.local import LocalWriter, open_reader
 from ties_dist.summary import describe
 from ties_dist.threshold import Cuts, ModelCut
@@ -68,6 +69,7 @@ def run(
     overwrite: bool = False,
     wait: bool = False,
     trust_journal: bool = False,
+    speculate: bool | None = None,
     stop: threading.Event | None = None,
 ) -> MergeReport:
     """Merge a prepared job into OUT. trust_journal: take journalled ranges over without reading them again.
@@ -97,6 +99,7 @@ def run(
                 progress=progress,
                 store=store,
                 scan_checkpoint=folder.run / "scan.npz",
+                speculate=speculate,
             )
             return _merge(job, folder, record, passes, keeper, trust=trust_journal, stop=stop, began=began)
         except NumericError:
@@ -129,8 +132,8 @@ def _merge(
     current = record.covering(r for r in record.merged if r.unit.shard in kept and passes.is_current(r))
     resumed = _take_over(passes, keeper.writer, current, trust=trust, stop=stop)
     passes.merge_missing()
-    passes.settle_majority()
     passes.prove()
+    passes.settle_majority()
     passes.check_numbers()
     _check_inputs(job, folder)
     blocks = _blocks(job, passes)
@@ -148,6 +151,7 @@ def _merge(
         kernel=passes.worker.kernel.kind,
         executor=passes.executor.name,
         thresholds_from=passes.thresholds_from,
+        mispredicted=passes.mispredicted,
         phases=passes.phases,
     )
     companions = companion_files(job.base_path, job.recipe, model_card(job.recipe, report))
@@ -205,4 +209,6 @@ def _blocks(job: Job, passes: Passes) -> dict[str, list[str]]:
     blocks: dict[str, list[str]] = {shard.name: [] for shard in job.plan.layout.shards}
     for unit in sorted(passes.results):
         blocks[unit.shard].extend(passes.results[unit].blocks)
+    for shard in job.plan.layout.shards:
+        assert len(blocks[shard.name]) == -(-shard.size // BLOCK_BYTES), "every byte in exactly one unit"
     return blocks

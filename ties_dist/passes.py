@@ -59,6 +59,9 @@ class Passes:
     progress: Progress
     store: StatisticsStore | None = None
     scan_checkpoint: Path | None = None
+    speculate: bool | None = None
+    """Take predicted thresholds: always, never, or (None) where that is likely to be right."""
+    mispredicted: bool = False
     results: dict[Unit, MergeResult] = field(default_factory=dict)
     model_cuts: tuple[ModelCut, ...] = ()
     cuts: dict[str, Cuts] = field(default_factory=dict)
@@ -88,12 +91,12 @@ class Passes:
         elif known is not None:
             self._spread(known, "journal")
         else:
-            self._scan()
+            self._scan(self.speculate)
 
-    def _scan(self) -> None:
+    def _scan(self, speculate: bool | None) -> None:
         with self._timed("scan"):
             scan = self._scanner()
-            found = scan.whole_model()
+            found = scan.whole_model(speculate=speculate)
         self._spread(found, scan.source)
         self.keeper.thresholds(found)
 
@@ -190,19 +193,19 @@ class Passes:
     def prove(self) -> None:
         """Raises ProofError unless the entries counted above and at each threshold prove it (design.md, promise 2).
 
-        Thresholds from a stale cache entry (taken now, or by the run that this one resumes) are dropped, found by a
-        scan, and what they changed is redone.
+        Wrong ones from a sample, or from a stale cache entry (taken now, or by the run that this one resumes), are found
+        by a scan, and what they changed is redone.
         """
         wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
-        if wrong and self.thresholds_from in ("cache", "journal"):
-            logger.warning("cached statistics are stale (%s): counting again", wrong[0])
+        if wrong and self.model_cuts and self.thresholds_from != "scan":
+            logger.warning("the thresholds from the %s were wrong (%s): scanning", self.thresholds_from, wrong[0])
+            self.mispredicted = True
             for i in range(len(self.plan.experts) if self.store is not None else 0):
                 assert self.store is not None
                 self.store.discard(self.store.key(self.plan, i))
-            self._scan()
+            self._scan(speculate=False)
             stale = [r.unit for r in self.results.values() if not self.is_current(r)]
             self._redo(stale, majority=None, reason="thresholds changed")
-            self.settle_majority()
             wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
         if wrong:
             raise ProofError(

@@ -136,6 +136,16 @@ class MergePlan:
         operands = tuple(f"nonfinite[{i}]" for i in range(len(self.operands)))
         return (*operands, "nonfinite_out", *self.method.counters(n), *kept)
 
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether deltas take few distinct values, so that a threshold is an atom of large mass."""
+        models = (self.base, *self.experts)
+        return all(ITEM_BYTES[m.tensors[t.source].dtype] == 2 for m in models for t in self.counted)
+
+    def density(self, expert: int) -> float:
+        """An expert's density, where the trim's scope is the model and so one holds for all tensors."""
+        return self.numbers[self.counted[0].source].experts[expert]["density"]
+
     def units(self, done: Mapping[str, Sequence[tuple[int, int]]] | None = None) -> Iterator[Unit]:
         """Units covering every byte of the output that is not in `done` (byte ranges by shard), in file order."""
         for shard in self.layout.shards:

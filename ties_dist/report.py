@@ -31,7 +31,8 @@ class MergeReport:
     """bytes_read: requested, all passes of this run. resumed_units: taken over from an interrupted one.
 
     peak_rss_bytes: of the largest process. projected_bytes: what the plan said it would be. thresholds_from: 'scan',
-    'cache', 'journal' (of the interrupted run) or None. tensors: per tensor, shares of its entries.
+    'sample', 'cache', 'journal' (of the interrupted run) or None. mispredicted: those of a sample or cache were wrong, and
+    found by a scan. tensors: per tensor, shares of its entries.
     """
 
     method: str
@@ -55,6 +56,7 @@ class MergeReport:
     fingerprint: str
     majority_sign: int | None = None
     thresholds_from: str | None = None
+    mispredicted: bool = False
     phases: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, float | list[float]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -106,6 +106,6 @@ def check_space(out: OutFolder, job: Job, *, publishing: bool) -> None:
         raise PlanError(
             f"the disk of {out.path} has {readable(free)} free; the output needs {readable(needed)}"
             + (f", of which {readable(have)} are there" if have else "")
-            + f", and {readable(SPARE_BYTES)} to spare. Free some space (a model that is replaced stays until the new one is whole), or "
-            "choose another OUT."
+            + f", and {readable(SPARE_BYTES)} to spare. Free some space (a model that is replaced stays until the new "
+            "one is whole), or choose another OUT."
         )

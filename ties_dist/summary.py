@@ -56,13 +56,14 @@ class Totals:
             return []
         problems = []
         if rule.scope == "model":
-            above, equal = (self.per_expert(name, len(model)) for name in ("above", "equal"))
-            for i, cut in enumerate(model):
-                found, expected = (above[i], equal[i]), (cut.threshold.above, cut.threshold.equal)
-                if cut.threshold.ranked and found != expected:
+            for i, (above, equal) in enumerate(
+                zip(*(self.per_expert(n, len(model)) for n in ("above", "equal")), strict=True)
+            ):
+                rank = rule.rank(plan.elements, plan.density(i)) if plan.elements else None
+                if rank and not proves(rank, above, equal):
                     problems.append(
-                        f"expert '{plan.experts[i].name}': {found[0]:,} entries above and {found[1]:,} at "
-                        f"{cut.threshold.value:g}, expected {expected[0]:,} and {expected[1]:,}"
+                        f"expert '{plan.experts[i].name}': {above:,} entries above {model[i].threshold.value:g} and "
+                        f"{equal:,} equal to it do not make it the {rank:,}-th largest"
                     )
             return problems
         for tensor, counts in self.tensors.items():
@@ -113,6 +114,7 @@ def describe(
     kernel: str,
     executor: str,
     thresholds_from: str | None,
+    mispredicted: bool,
     phases: Mapping[str, float],
 ) -> MergeReport:
     plan = job.plan
@@ -140,6 +142,7 @@ def describe(
         fingerprint=plan.fingerprint,
         majority_sign=totals.majority if plan.method.asks_majority else None,
         thresholds_from=thresholds_from,
+        mispredicted=mispredicted,
         phases=phases,
         tensors={name: _tensor(plan, totals, name) for name in totals.tensors} if trims else {},
         notes=job.notes,
@@ -153,15 +156,28 @@ def _expert(job: Job, totals: Totals, model_cuts: Sequence[ModelCut], i: int) ->
         return ExpertReport(name=name, weight=weight)
     d = max(1, plan.elements)
     cut = model_cuts[i] if model_cuts else None
-    ranked = cut is None or cut.threshold.ranked
+    ranked = cut is not None and cut.threshold.ranked
     return ExpertReport(
         name=name,
         weight=weight,
         density=settings["density"].constant,
         kept_fraction=totals.get(f"kept[{i}]") / d,
         kept_nonzero_fraction=totals.get(f"kept_nonzero[{i}]") / d,
-        tie_fraction=totals.get(f"equal[{i}]") / d if ranked else 0.0,
+        tie_fraction=_ties(plan, totals, i) / d if cut is None or ranked else 0.0,
         threshold=cut.threshold.value if cut is not None and ranked else None,
+    )
+
+
+def _ties(plan: MergePlan, totals: Totals, i: int) -> int:
+    """Entries equal to their threshold; where a tensor is kept whole there is none, though its zeros were counted."""
+    rule, equal = plan.method.trim, totals.names[f"equal[{i}]"]
+    assert rule is not None
+    if rule.scope == "model":
+        return totals.get(f"equal[{i}]")
+    return sum(
+        int(counts[equal])
+        for tensor, counts in totals.tensors.items()
+        if rule.rank(plan.sizes[tensor], plan.numbers[tensor].experts[i]["density"]) is not None
     )
 
 

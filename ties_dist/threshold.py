@@ -5,6 +5,7 @@ A histogram is mergeable by addition, in any order and on any number of workers;
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -99,18 +100,46 @@ def resolve(histogram: Histogram, rank: int) -> Threshold | int:
     return fine_threshold(histogram.fine[first : first + FINE_BUCKETS], bucket, higher, rank)
 
 
-def guess_window(magnitudes: np.ndarray, share: float, buckets: int = 4) -> Window:
-    """Where the threshold of the top `share` is expected, from a sample of |delta| (n,) float32.
+class Prediction(NamedTuple):
+    """What a sample says of a threshold. above, equal: estimated shares of the entries > and == its value.
+
+    error: standard error of such a share, of as many independent entries.
+    """
+
+    value: float
+    above: float
+    equal: float
+    error: float
+
+
+def predict(magnitudes: np.ndarray, weights: np.ndarray, share: float) -> Prediction:
+    """The value that the top `share` of all entries reach, from a stratified sample.
+
+    magnitudes: (n,) float32. weights: (n,) float64, entries of the model that each sampled one stands for.
+    """
+    order = np.argsort(magnitudes)[::-1]
+    ordered, reached = magnitudes[order], np.cumsum(weights[order])
+    total = float(reached[-1])
+    value = ordered[min(len(ordered) - 1, int(np.searchsorted(reached, share * total)))]
+    above_index = int(np.searchsorted(-ordered, -value, side="left"))
+    reach_index = int(np.searchsorted(-ordered, -value, side="right"))
+    above = float(reached[above_index - 1]) / total if above_index else 0.0
+    return Prediction(
+        value=float(value),
+        above=above,
+        equal=float(reached[reach_index - 1]) / total - above,
+        error=math.sqrt(share * (1 - share) / len(ordered)),
+    )
+
+
+def guess_window(value: float, buckets: int = 4) -> Window:
+    """The buckets in which a threshold near `value` is expected.
 
     A coarse bucket spans 0.8 % of its value; a sample of two million is good for a tenth of that, so four buckets
     (0.5 MiB of counters each) nearly always hold it. A wrong guess costs one more read, never a wrong result.
     """
-    if magnitudes.size == 0:
-        return NO_WINDOW
-    rank = min(magnitudes.size - 1, max(0, round(magnitudes.size * (1 - share))))
-    bits = to_bits(float(np.partition(magnitudes, rank)[rank]))
-    # The half of the bucket the guess lies in says on which side a neighbour is likelier.
-    first = (bits + (1 << (COARSE_SHIFT - 1)) >> COARSE_SHIFT) - buckets // 2
+    # The half of the bucket the value lies in says on which side a neighbour is likelier.
+    first = (to_bits(value) + (1 << (COARSE_SHIFT - 1)) >> COARSE_SHIFT) - buckets // 2
     return Window(max(0, min(first, COARSE_BUCKETS - buckets)), buckets)
 
 

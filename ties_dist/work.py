@@ -257,15 +257,21 @@ class Worker:
                 self._observe_slice(tensor, start, min(numel, start + SELECT_SLICE), seen)
         return seen
 
-    def sample(self, slices: Sequence[tuple[str, int, int]]) -> list[np.ndarray]:
-        """|delta| of some slices (tensor, start, stop), per expert: (n,) float32. For predictions only."""
-        collected: list[list[Tensor]] = [[] for _ in self.experts]
+    def sample(
+        self, slices: Sequence[tuple[str, int, int]], weights: Sequence[float]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """|delta| of some slices (tensor, start, stop), per expert (n,) float32, and each one's weight, (n,) float64.
+
+        For predictions only.
+        """
+        collected: list[list[Tensor]] = [[torch.zeros(0)] for _ in self.experts]
         for tensor, start, stop in slices:
             with self.base.slice(tensor, start, stop) as base:
                 for expert, into in zip(self.experts, collected, strict=True):
                     with expert.slice(tensor, start, stop) as values:
                         into.append((values.float() - base.float()).abs())
-        return [torch.cat(parts).numpy() if parts else np.zeros(0, np.float32) for parts in collected]
+        lengths = [stop - start for _, start, stop in slices]
+        return [torch.cat(parts).numpy() for parts in collected], np.repeat(np.array(weights, np.float64), lengths)
 
     # Merge
 

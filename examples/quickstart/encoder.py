@@ -1,7 +1,7 @@
 """MiniLM in plain torch: the encoder as a function of its named tensors, exactly as they stand in model.safetensors.
 
-No module classes: a checkpoint is a dict of tensors, so an expert saved from it has the base's names, shapes and dtypes by
-construction, and a merged model is evaluated from what is on disk. BERT with post-norm and mean pooling
+No module classes: a checkpoint is a dict of tensors, so an expert saved from it has the base's names, shapes and dtypes
+by construction, and a merged model is evaluated from what is on disk. BERT with post-norm and mean pooling
 (sentence-transformers/all-MiniLM-L6-v2); dropout is left out, the fine-tuning is too short to need it.
 """
 
@@ -37,7 +37,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def embed(tensors: Tensors, token_ids: Tensor, mask: Tensor) -> Tensor:
-    """token_ids: (batch, length) int64, mask: (batch, length) bool, True at real tokens. Returns unit vectors, (batch, 384)."""
+    """token_ids: (batch, length) int64; mask: as large, True at real tokens. Returns unit vectors, (batch, 384)."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
@@ -46,7 +46,7 @@ def embed(tensors: Tensors, token_ids: Tensor, mask: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], EPSILON)
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (batch, heads, length, 32)
+        return x.view(*x.shape[:2], HEADS, -1).transpose(1, 2)  # (batch, heads, length, 32)
 
     x = F.embedding(token_ids, tensors["embeddings.word_embeddings.weight"])
     x = x + tensors["embeddings.position_embeddings.weight"][: token_ids.shape[1]]

@@ -1,8 +1,9 @@
-"""A linear head per task on the frozen base, then an expert per task: the whole encoder fine-tuned under that frozen head.
+"""A linear head per task on the frozen base, then an expert per task: the whole encoder fine-tuned under that head.
 
-The same head reads base, expert and merged encoders. It is trained on the base because the base is what they all share: a
-head trained with its expert would make the merged models pay for a drift of the head. It sees only the `probe` slice, so the
-`tune` slice still has something to teach. Learning rate and steps were chosen on `dev`; nothing was chosen on `test`.
+The same head reads base, expert and merged encoders. It is trained on the base because that is what they all share: all
+that is learnt later lies in the encoder, where merging acts, and no model has a head made to its measure. It sees only
+the `probe` slice, so the `tune` slice still has something to teach. Learning rate and steps were chosen on `dev`, the
+merges' settings are the paper's; nothing was chosen on `test`.
 """
 
 import random
@@ -53,7 +54,7 @@ def train_head(base: Tensors, tokenizer: Tokenizer, task: Task) -> Head:
 
 
 def fine_tune(base: Tensors, tokenizer: Tokenizer, head: Head, task: Task) -> Tensors:
-    """Every float tensor of the base is trained (AdamW without decay: what gets no gradient stays equal to the base)."""
+    """All float tensors are trained. AdamW without decay: what gets no gradient (unseen tokens, pooler) stays put."""
     expert = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in base.items()}
     trained = [tensor for tensor in expert.values() if tensor.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

@@ -16,6 +16,7 @@ from ties_dist.threshold import (
     Window,
     from_bits,
     guess_window,
+    predict,
     proves,
     resolve,
     split_points,
@@ -69,11 +70,20 @@ def test_subnormal_deltas_keep_their_order() -> None:
     assert found.value == float(tiny[0])
 
 
-def test_guessed_window_holds_the_threshold_of_what_it_was_drawn_from() -> None:
-    magnitudes = np.abs(np.random.default_rng(0).standard_normal(100_000)).astype(np.float32)
-    window = guess_window(magnitudes, 0.2)
-    assert to_bits(float(np.sort(magnitudes)[-20_000])) >> 16 in window
-    assert guess_window(magnitudes[:0], 0.2) == NO_WINDOW
+def test_a_weighted_sample_predicts_value_and_shares() -> None:
+    # Sorted from the top: 4 (2 entries), 3 (1), 3 (2), 1 (5): of 10 entries 20 % lie above 3 and 30 % at it.
+    magnitudes = np.array([3.0, 1.0, 4.0, 3.0], dtype=np.float32)
+    found = predict(magnitudes, np.array([1.0, 5.0, 2.0, 2.0]), 0.4)
+    assert (found.value, found.above, found.equal) == (3.0, 0.2, pytest.approx(0.3))
+    assert predict(magnitudes, np.array([1.0, 5.0, 2.0, 2.0]), 0.1).value == 4.0
+    assert predict(magnitudes, np.array([1.0, 5.0, 2.0, 2.0]), 1.0).value == 1.0
+
+
+def test_a_window_is_guessed_around_a_value() -> None:
+    window = guess_window(1.0)
+    assert window.buckets == 4
+    assert {to_bits(1.0) >> 16, to_bits(0.999) >> 16} <= set(range(window.first, window.first + 4))
+    assert guess_window(0.0) == Window(0, 4)
 
 
 def test_ties_are_found_in_order() -> None:

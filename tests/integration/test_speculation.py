@@ -1,0 +1,75 @@
+"""Speculate, verify, redo: whatever a sample predicts, the counts decide, and the bytes are those of a scan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ties_dist
+from tests.conftest import Checkpoints, random_models
+from ties_dist import passes
+from ties_dist.report import MergeReport
+from ties_dist.scan import Scan
+from ties_dist.threshold import ModelCut, Threshold, to_bits
+
+SHAPES = {f"layers.{i}.weight": (700, 901) for i in range(4)} | {"norm.weight": (701,)}
+
+
+def merged(recipe: Path, out: Path, threshold_pass: str) -> MergeReport:
+    return ties_dist.merge(
+        recipe, out, threshold_pass=threshold_pass, unit_size=1 << 20, cache_dir=out / "../c" / out.name
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_speculated_merge_has_the_bytes_of_a_scanned_one(
+    dtype: torch.dtype, merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    recipe = merge_job(random_models(SHAPES, experts=3, dtype=dtype))
+    reports = {way: merged(recipe, tmp_path / way, way) for way in ("scan", "speculate", "auto")}
+    assert len({r.output_digest for r in reports.values()}) == 1
+    thresholds = [[e.threshold for e in r.experts] for r in reports.values()]
+    assert thresholds[0] == thresholds[1] == thresholds[2]
+    if dtype == torch.bfloat16:
+        assert reports["auto"].thresholds_from == "sample"
+        assert reports["auto"].bytes_read < reports["scan"].bytes_read
+    else:  # a float32 threshold is no atom: a prediction is off, and `auto` does not try
+        assert reports["auto"].thresholds_from == "scan"
+        assert reports["speculate"].thresholds_from == "scan"
+        assert reports["speculate"].mispredicted
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.99, 1.01, 2.0, 1e9])
+def test_a_planted_wrong_prediction_is_found_and_repaired(
+    factor: float, merge_job: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = merge_job(random_models(SHAPES, experts=2, dtype=torch.bfloat16))
+    honest = merged(recipe, tmp_path / "honest", "scan")
+    real = Scan.whole_model
+
+    def planted(self: Scan, *, speculate: bool | None = False) -> tuple[ModelCut, ...]:
+        found = real(self, speculate=speculate)
+        if speculate is False:
+            return found
+        self.source = "sample"
+        first = Threshold(to_bits(found[0].threshold.value * factor), 1, 1)
+        return (ModelCut(first), *found[1:])
+
+    monkeypatch.setattr(passes.Scan, "whole_model", planted)
+    report = merged(recipe, tmp_path / "planted", "speculate")
+    assert report.mispredicted
+    assert report.redone_units > 0
+    assert report.output_digest == honest.output_digest
+
+
+def test_clustered_deltas_do_not_fool_the_proof(merge_job: Checkpoints, tmp_path: Path) -> None:
+    """All large deltas sit in one small corner that a sample may miss."""
+    base, expert = random_models(SHAPES, experts=1, dtype=torch.bfloat16)
+    expert = {name: base[name].clone() for name in base}
+    expert["layers.2.weight"][:3, :37] += 1.0
+    recipe = merge_job([base, expert], parameters={"density": 1e-5})
+    reports = [merged(recipe, tmp_path / way, way) for way in ("scan", "speculate")]
+    assert reports[0].output_digest == reports[1].output_digest
+    assert reports[0].experts[0].threshold == reports[1].experts[0].threshold
