@@ -67,8 +67,9 @@ def merge(
     """Merge the models of a recipe into the folder `out`; resumes an interrupted run of the same merge.
 
     memory_budget, unit_size, max_shard_size: bytes. threshold_pass: whether whole-model thresholds are scanned for, or
-    taken from a sample and proven by the merge's counts; `auto` does the latter where it is likely to hold. stop: set it to end after the unit at hand (StoppedError; the same
-    call resumes). told: is given the plan's notes before the work starts. Raises the errors of `ties_dist.errors`.
+    taken from a sample and proven by the merge's counts; `auto` does the latter where it is likely to hold. stop: set
+    it to end after the unit at hand (StoppedError; the same call resumes). told: is given the plan's notes before the
+    work starts. Raises the errors of `ties_dist.errors`.
     """
     _supported(executor, device)
     resources = Resources(

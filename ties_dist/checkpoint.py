@@ -267,7 +267,9 @@ class _Catalogue:
     def _read_shard(self, file: str) -> None:
         size = self.reader.size(file)
         if size < _LENGTH_BYTES:
-            self.problems.append(f"{file}: {size} bytes, too short for the 8-byte length every file starts with.")
+            self.problems.append(
+                f"{file}: {size} bytes, too short for the 8-byte length every file starts with{_AGAIN}."
+            )
             return
         head = self._read(file, 0, _LENGTH_BYTES)
         if head == b"version ":
@@ -278,7 +280,8 @@ class _Catalogue:
         if length > MAX_HEADER_BYTES:
             self.problems.append(f"{file}: header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed.")
         elif data_start > size:
-            self.problems.append(f"{file}: truncated: header ends at byte {data_start:,}, the file at {size:,}.")
+            ends = f"header ends at byte {data_start:,}, the file at {size:,}"
+            self.problems.append(f"{file}: truncated: {ends}{_AGAIN}.")
         else:
             raw = self._read(file, _LENGTH_BYTES, data_start)
             self.files[file] = FileHeader(size=size, data_start=data_start, header_digest=xxh3_128_hexdigest(raw))
@@ -415,7 +418,7 @@ def _uncovered(entries: Iterable[TensorEntry], *, data_start: int, size: int) ->
             problems.append(f"{show(entry.name)}: {what} the tensor before: {at}.")
         covered = max(covered, entry.stop)
     if covered > size:
-        problems.append(f"truncated: the tensors end at byte {covered:,}, the file at {size:,}.")
+        problems.append(f"truncated: the tensors end at byte {covered:,}, the file at {size:,}{_AGAIN}.")
     elif covered < size:
         problems.append(f"trailing bytes: the tensors end at byte {covered:,}, the file at {size:,}.")
     return problems
@@ -449,6 +452,7 @@ def _collector(repeated: list[str]) -> Callable[[list[tuple[str, object]]], dict
 
 # -- words for messages -----------------------------------------------------------------------------------------------
 
+_AGAIN: Final = "; copy or download it again"
 _CONVERT: Final = "convert it to safetensors first (transformers: `save_pretrained(..., safe_serialization=True)`)."
 _ADAPTER: Final = "PEFT adapters are not supported yet; merge it into its base first (peft: `merge_and_unload`)."
 

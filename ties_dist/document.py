@@ -51,6 +51,8 @@ def _read_text(path: Path, title: str) -> str:
         size = path.stat().st_size
         if size > _LARGEST_BYTES:
             raise RecipeError(f"{title} is {size:,} bytes long: that is not a recipe")
+        if path.suffix == ".safetensors":
+            raise RecipeError(f"{title} is a checkpoint; the recipe is a YAML file that names it")
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{title} does not exist") from None

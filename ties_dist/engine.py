@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ties_dist.errors import CheckpointError, NumericError, StoppedError, listing
+from ties_dist.errors import CheckpointError, NumericError, OutputError, StoppedError, listing
 from ties_dist.executors.base import Executor
 from ties_dist.journal import Journal, Record, pack, read_journals
 from ties_dist.lock import RunLock
@@ -103,7 +103,11 @@ def run(
             )
             return _merge(job, folder, record, passes, keeper, trust=trust_journal, stop=stop, began=began)
         except NumericError:
+            lock.check()
             shutil.rmtree(folder.run, ignore_errors=True)  # of no use to a run with repaired inputs
+            raise
+        except OutputError:
+            lock.check()  # a run that lost OUT finds its files gone: this is why
             raise
         finally:
             writer.close()
@@ -135,7 +139,7 @@ def _merge(
     passes.prove()
     passes.settle_majority()
     passes.check_numbers()
-    _check_inputs(job, folder)
+    _check_inputs(job, folder, keeper.lock)
     blocks = _blocks(job, passes)
     report = describe(
         job,
@@ -194,10 +198,11 @@ def _take_over(
     return len(passes.results)
 
 
-def _check_inputs(job: Job, folder: OutFolder) -> None:
+def _check_inputs(job: Job, folder: OutFolder, lock: RunLock) -> None:
     """Raises CheckpointError, and discards the work, where an input file was changed while it was read."""
     now = stamp_inputs([job.plan.base, *job.plan.experts, *job.plan.extras])
     if changed := sorted(name for name, stamp in job.stamps.items() if now.get(name) != stamp):
+        lock.check()
         shutil.rmtree(folder.run, ignore_errors=True)
         raise CheckpointError(
             listing("inputs were changed while they were merged:", changed, "Nothing was published. Run again.")

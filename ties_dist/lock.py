@@ -85,7 +85,7 @@ class RunLock:
     """Held from `acquire` to `release`; `check` raises once another driver has taken over."""
 
     folder: Path
-    lease_seconds: float = LEASE_SECONDS
+    lease_seconds: float = field(default_factory=lambda: LEASE_SECONDS)
     me: Holder = field(default_factory=Holder.myself)
     _stop: threading.Event = field(default_factory=threading.Event)
     _beating: threading.Thread | None = None

@@ -14,7 +14,7 @@ from ties_dist.errors import NumericError, ProofError, listing
 from ties_dist.executors.base import Executor
 from ties_dist.plan import MergePlan, Unit
 from ties_dist.progress import Progress, phase
-from ties_dist.scan import Scan
+from ties_dist.scan import NOTHING_PUBLISHED, Scan
 from ties_dist.statistics import StatisticsStore
 from ties_dist.storage.base import Writer
 from ties_dist.summary import Totals
@@ -193,8 +193,8 @@ class Passes:
     def prove(self) -> None:
         """Raises ProofError unless the entries counted above and at each threshold prove it (design.md, promise 2).
 
-        Wrong ones from a sample, or from a stale cache entry (taken now, or by the run that this one resumes), are found
-        by a scan, and what they changed is redone.
+        Wrong ones from a sample, or from a stale cache entry (taken now, or by the run that this one resumes), are
+        found by a scan, and what they changed is redone.
         """
         wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
         if wrong and self.model_cuts and self.thresholds_from != "scan":
@@ -215,7 +215,7 @@ class Passes:
     def check_numbers(self) -> None:
         """Raises NumericError where NaN or Inf came in or went out."""
         if problems := self.totals.nonfinite(self.plan):
-            raise NumericError(listing("some numbers are not finite:", problems, "Nothing was published."))
+            raise NumericError(listing("some numbers are not finite:", problems, NOTHING_PUBLISHED))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -289,11 +290,16 @@ def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
 
 
 def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
-    """Size and modification time of every file that is read, by `model/file`: they change when the file does."""
+    """Size and modification time of every file that is read, by `model/file`: they change when the file does.
+
+    (-1, -1) for a file that is gone.
+    """
     stamps = {}
     for model in models:
         path = Path(model.path)
         for file in sorted({source.file for source in model.tensors.values()}):
-            found = (path / file if path.is_dir() else path).stat()
-            stamps[f"{model.name}/{file}"] = (found.st_size, found.st_mtime_ns)
+            stamps[f"{model.name}/{file}"] = (-1, -1)
+            with suppress(OSError):
+                found = (path / file if path.is_dir() else path).stat()
+                stamps[f"{model.name}/{file}"] = (found.st_size, found.st_mtime_ns)
     return stamps

@@ -109,8 +109,13 @@ def publish(
     """Give a finished merge its names.
 
     blocks: digests by shard. origin: what `verify` needs to merge a sample again. check: raises where another driver
-    took over.
+    took over; called before every step, as what is done after that is done to the other's model.
     """
+
+    def put(path: Path, content: str | bytes) -> None:
+        check()
+        write_durably(path, content)
+
     if lost := [s.name for s in layout.shards if out.part(s, publishing=True) is None]:
         raise OutputError(f"{', '.join(lost)} vanished from {out.parts}. Run the same command again: it resumes.")
     manifest = {
@@ -124,18 +129,17 @@ def publish(
     try:
         _remove_old(out, keep={s.name for s in layout.shards} - pending, companions=set(companions), check=check)
         # Before the companions: whoever replaces a half-published model has to know which files are its own.
-        write_durably(out.state / "manifest.json", json.dumps(manifest))
+        put(out.state / "manifest.json", json.dumps(manifest))
         for name, content in companions.items():
-            write_durably(out.path / name, content)
-        write_durably(out.state / "report.json", report.to_json())
+            put(out.path / name, content)
+        put(out.state / "report.json", report.to_json())
         for shard in layout.shards:
             if shard.name in pending:
                 check()
                 (out.parts / shard.name).replace(out.path / shard.name)
         sync_folder(out.path)
         if layout.index is not None:
-            check()
-            write_durably(out.path / INDEX_NAME, layout.index)
+            put(out.path / INDEX_NAME, layout.index)
     except OSError as error:
         raise output_error(error, out.path) from error
     shutil.rmtree(out.run, ignore_errors=True)
@@ -154,6 +158,7 @@ def _remove_old(out: OutFolder, keep: set[str], companions: set[str], check: Cal
     except (OSError, ValueError, KeyError):
         old = []
     for name in set(old) - companions:
+        check()
         (out.path / name).unlink(missing_ok=True)
     sync_folder(out.path)
 

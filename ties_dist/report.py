@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 VERSION = 1
 
@@ -31,8 +32,8 @@ class MergeReport:
     """bytes_read: requested, all passes of this run. resumed_units: taken over from an interrupted one.
 
     peak_rss_bytes: of the largest process. projected_bytes: what the plan said it would be. thresholds_from: 'scan',
-    'sample', 'cache', 'journal' (of the interrupted run) or None. mispredicted: those of a sample or cache were wrong, and
-    found by a scan. tensors: per tensor, shares of its entries.
+    'sample', 'cache', 'journal' (of the interrupted run) or None. mispredicted: those of a sample or cache were wrong,
+    and found by a scan. tensors: per tensor, shares of its entries.
     """
 
     method: str
@@ -68,9 +69,15 @@ class MergeReport:
 
     @classmethod
     def from_json(cls, text: str) -> MergeReport:
+        """The report a merge wrote; fields that a later version added are passed over."""
         values = json.loads(text)
-        experts = tuple(ExpertReport(**e) for e in values.pop("experts"))
-        return cls(**{**values, "experts": experts, "notes": tuple(values["notes"])})
+        experts = tuple(ExpertReport(**_known(ExpertReport, e)) for e in values.pop("experts"))
+        return cls(**{**_known(cls, values), "experts": experts, "notes": tuple(values["notes"])})
+
+
+def _known(kind: type[ExpertReport | MergeReport], values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def tie_warning(report: MergeReport) -> list[str]:

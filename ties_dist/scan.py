@@ -49,6 +49,9 @@ SAMPLE_ELEMENTS = 2048
 CHECKPOINT_SECONDS = 20.0
 NAMED_TENSORS = 20
 """With NaN or Inf: read again to say in which model."""
+NOTHING_PUBLISHED = (
+    "Nothing was published. Repair the checkpoint, or list these names under `exclude` to keep the base's."
+)
 
 
 @dataclass
@@ -186,7 +189,7 @@ class Scan:
         if self.keep is not None and self.keep.exists():
             try:
                 total = _counts_so_far(self.keep, windows)
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 logger.warning("the counts of the interrupted scan are damaged (%s): counting again", error)
         done: dict[str, list[tuple[int, int]]] = {}
         for unit in total.units:
@@ -236,7 +239,7 @@ class Scan:
 
 def _counts_so_far(path: Path, windows: Mapping[int, Window]) -> Observation:
     """What an interrupted scan of the same windows left; nothing where it had others."""
-    with np.load(path) as kept:
+    with open(path, "rb") as file, np.load(file) as kept:  # np.load leaves a damaged file open
         facts = json.loads(kept["facts"].tobytes())
         if facts["windows"] != [[i, *w] for i, w in sorted(windows.items())] or not facts["units"]:
             return Observation()
@@ -281,7 +284,8 @@ def nonfinite_error(plan: MergePlan, worker: Worker, counts: Mapping[tuple[int, 
     for tensor in tensors[:NAMED_TENSORS]:
         blamed = [f"{tensor}: {n:,} NaN or Inf in '{name}'" for name, n in worker.count_nonfinite(tensor).items() if n]
         problems += blamed or [
-            f"{tensor}: expert '{plan.experts[expert].name}' minus the base overflows float32 in {count:,} entries"
+            f"{tensor}: expert '{plan.experts[expert].name}' minus the base overflows float32 in {count:,} of "
+            f"{plan.sizes[tensor]:,} entries"
             for (expert, name), count in sorted(counts.items())
             if name == tensor
         ]
@@ -289,6 +293,6 @@ def nonfinite_error(plan: MergePlan, worker: Worker, counts: Mapping[tuple[int, 
         listing(
             f"NaN or Inf in {len(tensors):,} of {len(plan.counted):,} tensors:",
             problems + tensors[NAMED_TENSORS:],
-            "Nothing was published. Repair the checkpoint, or list these names under `exclude`.",
+            NOTHING_PUBLISHED,
         )
     )

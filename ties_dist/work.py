@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ties_dist.errors import CheckpointError
 from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equal, loadable
 from ties_dist.kernels.merge import KernelKind, MergeKernel
 from ties_dist.layout import ITEM_BYTES, Segment
@@ -51,11 +52,17 @@ class ModelReader:
     requested_bytes: int = 0
 
     def read(self, tensor: str, start: int, stop: int) -> Span:
-        """Bytes of elements [start, stop) of a tensor, as stored."""
+        """Bytes of elements [start, stop) of a tensor, as stored. Raises CheckpointError where they cannot be had."""
         source = self.model.tensors[tensor]
         item = ITEM_BYTES[source.dtype]
         self.requested_bytes += (stop - start) * item
-        return self.reader.read(source.file, source.start + start * item, source.start + stop * item)
+        try:
+            return self.reader.read(source.file, source.start + start * item, source.start + stop * item)
+        except OSError as error:  # gone since its header was read, or a failing disk
+            reason = error.strerror or str(error)
+            raise CheckpointError(
+                f"'{self.model.name}': {source.file} cannot be read: {reason}. Restore the file and run again."
+            ) from error
 
     def view(self, tensor: str, span: Span) -> Tensor:
         """(n,) tensor of the stored dtype over a span's bytes, without a copy."""

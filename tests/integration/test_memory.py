@@ -20,16 +20,16 @@ MIB = 1 << 20
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_peak_memory_stays_within_projection_and_budget(
-    backend: str, merge_job: Checkpoints, tmp_path: Path
-) -> None:
+def test_peak_memory_stays_within_projection_and_budget(backend: str, merge_job: Checkpoints, tmp_path: Path) -> None:
     """Inputs of 4 x 120 MB, budget 64 MiB."""
     shapes = {f"layers.{i}.weight": (3000, 4000) for i in range(4)} | {"embed.weight": (24000, 500)}
     recipe = merge_job(random_models(shapes, experts=3, dtype=torch.bfloat16), shards=2)
     budget = 64 * MIB
     done = subprocess.run(
-        [sys.executable, "-m", "ties_dist", "merge", str(recipe), str(tmp_path / "out"), "--json", "-q"]
-        + ["--memory-budget", str(budget), "--unit-size", "1MiB", "--read-backend", backend, "--kernel", "eager"],
+        [
+            *(sys.executable, "-m", "ties_dist", "merge", str(recipe), str(tmp_path / "out"), "--json", "-q"),
+            *("--memory-budget", str(budget), "--unit-size", "1MiB", "--read-backend", backend, "--kernel", "eager"),
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -48,7 +48,9 @@ def test_twenty_thousand_small_tensors_cost_little_each(merge_job: Checkpoints, 
     for semantics in ("paper", "mergekit"):
         began = time.process_time()
         report = ties_dist.merge(
-            recipe_with_weights(recipe) if semantics == "mergekit" else recipe, tmp_path / semantics, semantics=semantics
+            recipe_with_weights(recipe) if semantics == "mergekit" else recipe,
+            tmp_path / semantics,
+            semantics=semantics,
         )
         assert time.process_time() - began < 3e-3 * count
         assert report.elements == 8 * count

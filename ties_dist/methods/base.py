@@ -109,9 +109,14 @@ class Method:
 
         base: (n,) float32. operands: per expert (n,) float32, deltas or weights. extras: side tensors (n,) float32.
         position: 0-d int64, flat index in its tensor of the slice's first element.
-        Returns the merged (n,) float32 and 0-d int64 counters named by `counters`.
+        Returns the merged (n,) float32 and 0-d int32 counters (`count`) named by `counters`.
         """
         raise NotImplementedError
+
+
+def count(mask: Tensor) -> Tensor:
+    """How many of (n,) bool are true, 0-d int32: half the accumulators of int64, and a slice is far below 2^31."""
+    return mask.sum(dtype=torch.int32)
 
 
 def float32(values: Sequence[float]) -> Tensor:

@@ -20,6 +20,7 @@ from ties_dist.methods.base import (
     Method,
     State,
     TrimRule,
+    count,
     float32,
     from_plus_zero,
     total,
@@ -114,17 +115,18 @@ class Ties(Method):
     ) -> tuple[Tensor, list[Tensor]]:
         weight, counts = state["weight"], []
         values, votes = [], []
-        positive = negative = torch.zeros_like(base, dtype=torch.bool)
+        positive = negative = None
 
         # Trim (Algorithm 1, step 1), counting what proves the threshold.
         for i, delta in enumerate(operands):
             magnitude = delta.abs()
-            counts += [(magnitude > state["threshold"][i]).sum(), (magnitude == state["threshold"][i]).sum()]
+            counts += [count(magnitude > state["threshold"][i]), count(magnitude == state["threshold"][i])]
             trimmed = torch.where(magnitude >= state["keep"][i], delta, 0.0)
             values.append(trimmed * weight[i])
             votes.append(values[i] if self.weight_before_elect else trimmed)
-            positive = positive | (votes[i] > 0)
-            negative = negative | (votes[i] < 0)
+            positive = votes[i] > 0 if positive is None else positive | (votes[i] > 0)
+            negative = votes[i] < 0 if negative is None else negative | (votes[i] < 0)
+        assert positive is not None and negative is not None
 
         # Elect (step 2). `mass` is the sign of the sum; exact cancellations take the state's sign.
         if self.oracle:
@@ -135,9 +137,9 @@ class Ties(Method):
                 mass = mass + (torch.sign(vote) if self.elect == "count" else vote)
         sign = torch.where(mass > 0, 1.0, torch.where(mass < 0, -1.0, state["zero_sign"]))
         counts += [
-            (positive & negative).sum(),
-            ((mass == 0) & (positive | negative)).sum(),
-            (mass > 0).sum() - (mass < 0).sum(),
+            count(positive & negative),
+            count((mass == 0) & (positive | negative)),
+            count(mass > 0) - count(mass < 0),
         ]
 
         # Disjoint merge (step 3): zeros never agree.
@@ -147,7 +149,7 @@ class Ties(Method):
     def _agrees(self, vote: Tensor, sign: Tensor) -> Tensor:
         if self.elect == "none" and not self.oracle:
             return vote != 0
-        return ((vote > 0) & (sign > 0)) | ((vote < 0) & (sign < 0))
+        return vote * sign > 0  # exact: a sign is -1, 0 or +1
 
     def _aggregate(self, values: Sequence[Tensor], agrees: Sequence[Tensor], state: State) -> Tensor:
         """values: weighted trimmed deltas (n,) float32; agrees: (n,) bool. Returns the merged delta (n,) float32."""

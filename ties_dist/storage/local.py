@@ -25,8 +25,11 @@ from ties_dist.storage.buffers import ALIGNMENT, Buffers
 Backend = Literal["auto", "mmap", "pread"]
 
 NETWORK = ("nfs", "lustre", "cifs", "smb", "ceph", "gluster", "fuse", "9p", "beegfs", "gpfs", "afs", "virtiofs")
-FAULT_WINDOW = 64 << 10
-"""The kernel maps up to 64 KiB around a fault: dropping less would leave pages of neighbours behind for ever."""
+FAULT_WINDOW = 2 << 20
+"""A fault maps 64 KiB around it, since Linux 6.18 the whole folio of the page cache, up to 2 MiB. Dropping less leaves
+pages of neighbours behind: 1,000 slices of 8 KiB left 141 MiB resident with a window of 64 KiB, 1 MiB with this one."""
+READ_WINDOW = 64 << 10
+"""What is asked of the disk around a small slice."""
 DIRECT_FROM = 256 << 20
 """Bytes of a file: smaller ones are left in the page cache for who reads them next."""
 READ_PIECE = 1 << 20
@@ -80,12 +83,10 @@ class MappedReader(_Directory):
         if stop > len(pages):
             raise self._ends_early(name, len(pages), stop)
 
-        first = start // FAULT_WINDOW * FAULT_WINDOW
-        size = min(-(-stop // FAULT_WINDOW) * FAULT_WINDOW, len(pages)) - first
-        pages.madvise(mmap.MADV_WILLNEED, first, size)  # starts the disk; of cached pages it only takes note
-        return LocalSpan(
-            view=memoryview(pages)[start:stop], done=lambda: pages.madvise(mmap.MADV_DONTNEED, first, size)
-        )
+        # Starts the disk; of cached pages it only takes note.
+        pages.madvise(mmap.MADV_WILLNEED, *_aligned(start, stop, READ_WINDOW, len(pages)))
+        mapped = _aligned(start, stop, FAULT_WINDOW, len(pages))
+        return LocalSpan(view=memoryview(pages)[start:stop], done=lambda: pages.madvise(mmap.MADV_DONTNEED, *mapped))
 
     def _map(self, name: str) -> mmap.mmap:
         with self._lock:
@@ -95,6 +96,12 @@ class MappedReader(_Directory):
                         raise self._ends_early(name, 0, 1)
                     self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return self._maps[name]
+
+
+def _aligned(start: int, stop: int, window: int, end: int) -> tuple[int, int]:
+    """(first byte, size) of [start, stop) widened to multiples of `window`, but not past `end`."""
+    first = start // window * window
+    return first, min(-(-stop // window) * window, end) - first
 
 
 @dataclass
@@ -283,7 +290,8 @@ def output_error(error: OSError, path: Path) -> OutputError:
     reason = {
         errno.ENOSPC: "the disk is full. Free some space and run the same command again: it resumes.",
         errno.EDQUOT: "the disk quota is used up. Free some space and run the same command again: it resumes.",
-        errno.EROFS: "the file system is read-only. Choose another OUT.",
+        errno.EROFS: "the file system is read-only. Make it writable and run again, or choose another OUT.",
+        errno.ENOTDIR: "Not a directory, but a file, is a part of that path. Choose another OUT.",
         errno.EACCES: "permission denied. Make it writable or choose another OUT.",
         errno.EFBIG: "the file system, or a limit of this shell (ulimit -f), does not allow a file that large.",
     }.get(error.errno or 0, f"{error.strerror or error}. Mend that and run the same command again: it resumes.")

@@ -1,0 +1,450 @@
+"""What every `Executor` promises, and the `Ledger` that makes lost, late and repeated partials harmless.
+
+A new executor subclasses `ExecutorContract`. Steps and folds are stand-ins that count what is asked of them; the last
+tests run whole merges over an executor that misbehaves.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+import ties_dist
+from tests.conftest import Checkpoints, random_models
+from ties_dist import engine
+from ties_dist.errors import StoppedError
+from ties_dist.executors.base import Executor, Fold, Ledger
+from ties_dist.executors.local import LocalExecutor
+from ties_dist.plan import UNITS_IN_FLIGHT, Unit
+from ties_dist.prepare import Resources, prepare
+from ties_dist.progress import LogProgress
+from ties_dist.threshold import Histogram, Window
+from ties_dist.work import MergeResult, MergeStep, MergeTask, Observation
+
+PROMPT_SECONDS = 20.0
+"""An error or a stop that takes longer has been waited for, not raised."""
+
+
+def unit(number: int) -> Unit:
+    return Unit("model.safetensors", number << 20, (number + 1) << 20)
+
+
+def tasks(count: int | None = None) -> Iterator[MergeTask]:
+    """count: None for tasks without end."""
+    numbers = itertools.count() if count is None else range(count)
+    return (MergeTask(unit=unit(i), cuts={}, majority=1) for i in numbers)
+
+
+@dataclass
+class CountingStep:
+    """Stands in for `MergeStep`. fail: raises in that step of that unit, by number."""
+
+    fail: tuple[str, int] | None = None
+    seconds: float = 0.0
+    done: Counter[str] = field(default_factory=Counter)
+    stored: list[Unit] = field(default_factory=list)
+    computing: int = 0
+    most_computing: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def _enter(self, step: str, task: MergeTask) -> None:
+        with self.lock:
+            self.done[step] += 1
+        if self.fail == (step, task.unit.start >> 20):
+            raise OSError(f"{step} of unit {task.unit.start >> 20}")
+        time.sleep(self.seconds)
+
+    def load(self, task: MergeTask) -> str:
+        self._enter("load", task)
+        return f"loaded {task.unit.start}"
+
+    def compute(self, task: MergeTask, loaded: str) -> str:
+        assert loaded == f"loaded {task.unit.start}"
+        with self.lock:
+            self.computing += 1
+            self.most_computing = max(self.most_computing, self.computing)
+        self._enter("compute", task)
+        with self.lock:
+            self.computing -= 1
+        return f"computed {task.unit.start}"
+
+    def store(self, task: MergeTask, computed: str) -> MergeResult:
+        assert computed == f"computed {task.unit.start}"
+        self._enter("store", task)
+        with self.lock:
+            self.stored.append(task.unit)
+        return MergeResult(unit=task.unit, state_digest="", majority=1, blocks=(), counts={}, dependent=0)
+
+    @property
+    def step(self) -> MergeStep:
+        return cast(MergeStep, self)
+
+
+def observed(number: int) -> Histogram:
+    """What a fold counts of one unit: a bucket of its own."""
+    counted = Histogram(Window(0, 0))
+    counted.coarse[number % 1000] = 1 + number
+    return counted
+
+
+@dataclass
+class CountingFold:
+    """Stands in for `Worker.observe`. fail: the unit it raises at, by number."""
+
+    fail: int | None = None
+    seconds: float = 0.0
+    folded: Counter[Unit] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, unit: Unit, into: Observation) -> None:
+        number = unit.start >> 20
+        with self.lock:
+            self.folded[unit] += 1
+        if number == self.fail:
+            raise OSError(f"unit {number} cannot be read")
+        time.sleep(self.seconds)
+        into.add(Observation(units={unit}, histograms={0: observed(number)}))
+
+
+class ExecutorContract:
+    """Subclasses give `executor`, whose `stop` event ends it, and `window`: how many units may be under way at once."""
+
+    window: int
+
+    @pytest.fixture
+    def stop(self) -> threading.Event:
+        return threading.Event()
+
+    @pytest.fixture
+    def executor(self, stop: threading.Event) -> Executor:
+        raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    def no_thread_stays_behind(self) -> Iterator[None]:
+        before = set(threading.enumerate())
+        yield
+        deadline = time.monotonic() + 5
+        while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not left
+
+    # map_unordered
+
+    @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 50])
+    def test_every_unit_is_merged_once_and_written_before_its_result_comes(
+        self, count: int, executor: Executor
+    ) -> None:
+        step, results = CountingStep(), []
+        for result in executor.map_unordered(step.step, tasks(count)):
+            assert result.unit in step.stored
+            results.append(result.unit)
+        assert sorted(results) == [unit(i) for i in range(count)] == sorted(step.stored)
+
+    def test_units_under_way_are_bounded(self, executor: Executor) -> None:
+        drawn, yielded = [0], [0]
+
+        def counted() -> Iterator[MergeTask]:
+            for task in tasks(60):
+                drawn[0] += 1
+                assert drawn[0] - yielded[0] <= self.window
+                yield task
+
+        for _ in executor.map_unordered(CountingStep(seconds=0.001).step, counted()):
+            yielded[0] += 1
+        assert yielded == [60]
+
+    def test_a_slow_consumer_is_waited_for(self, executor: Executor) -> None:
+        step = CountingStep()
+        results = executor.map_unordered(step.step, tasks())
+        next(results)
+        time.sleep(0.1)
+        assert step.done["load"] <= self.window + 1
+        cast(Any, results).close()
+
+    @pytest.mark.parametrize("failing", ["load", "compute", "store"])
+    def test_an_error_is_raised_at_once_not_after_the_rest(self, failing: str, executor: Executor) -> None:
+        step, began = CountingStep(fail=(failing, 10), seconds=0.001), time.monotonic()
+        with pytest.raises(OSError, match=f"{failing} of unit 10"):
+            for _ in executor.map_unordered(step.step, tasks()):  # without end: only an error ends it
+                pass
+        assert time.monotonic() - began < PROMPT_SECONDS
+        assert step.done["load"] <= 10 + 2 * self.window
+
+    def test_an_error_in_the_tasks_themselves_is_raised(self, executor: Executor) -> None:
+        def broken() -> Iterator[MergeTask]:
+            yield from tasks(5)
+            raise ValueError("no cut for a tensor")
+
+        with pytest.raises(ValueError, match="no cut for a tensor"):
+            list(executor.map_unordered(CountingStep().step, broken()))
+
+    def test_a_stop_raises_after_everything_written_was_reported(
+        self, executor: Executor, stop: threading.Event
+    ) -> None:
+        step, results = CountingStep(seconds=0.001), []
+        with pytest.raises(StoppedError, match="Run the same command again to resume"):
+            for result in executor.map_unordered(step.step, tasks()):
+                results.append(result.unit)
+                if len(results) == 5:
+                    stop.set()
+        assert sorted(results) == sorted(step.stored)
+        assert len(results) <= 5 + self.window
+
+    def test_a_stop_before_the_start_merges_nothing(self, executor: Executor, stop: threading.Event) -> None:
+        stop.set()
+        step = CountingStep()
+        with pytest.raises(StoppedError, match="stopped"):
+            list(executor.map_unordered(step.step, tasks()))
+        assert step.stored == []
+
+    def test_a_consumer_that_gives_up_ends_the_work(self, executor: Executor) -> None:
+        step = CountingStep(seconds=0.001)
+        results = executor.map_unordered(step.step, tasks())
+        next(results)
+        cast(Any, results).close()
+        stored = len(step.stored)
+        time.sleep(0.05)
+        assert len(step.stored) == stored
+
+    # reduce
+
+    @pytest.mark.parametrize("count", [0, 1, 2, 5, 300])
+    def test_partials_cover_every_unit_exactly_once(self, count: int, executor: Executor) -> None:
+        fold, units = CountingFold(), [unit(i) for i in range(count)]
+        total, covered = Observation(), []
+        for partial in executor.reduce(fold, units):
+            covered += partial.units
+            total.add(partial)
+        assert sorted(covered) == units
+        assert fold.folded == Counter(units)
+        if count:
+            expected = np.zeros(len(total.histograms[0].coarse), np.int64)
+            expected[:count] = np.arange(1, count + 1)
+            assert np.array_equal(total.histograms[0].coarse, expected)
+
+    def test_an_error_in_a_fold_is_raised_at_once_not_after_the_rest(self, executor: Executor) -> None:
+        fold, began = CountingFold(fail=10, seconds=0.001), time.monotonic()
+        with pytest.raises(OSError, match="unit 10 cannot be read"):
+            for _ in executor.reduce(fold, [unit(i) for i in range(5_000)]):
+                pass
+        assert time.monotonic() - began < PROMPT_SECONDS
+        assert len(fold.folded) < 1000
+
+    def test_a_stop_ends_a_reduction_after_the_units_at_hand_are_reported(
+        self, executor: Executor, stop: threading.Event
+    ) -> None:
+        fold, covered = CountingFold(seconds=0.001), []
+
+        def stopped(unit: Unit, into: Observation) -> None:
+            fold(unit, into)
+            if len(fold.folded) == 20:
+                stop.set()
+
+        with pytest.raises(StoppedError, match="Run the same command again to resume"):
+            for partial in executor.reduce(stopped, [unit(i) for i in range(5_000)]):
+                covered += partial.units
+        assert Counter(covered) == fold.folded
+        assert 20 <= len(covered) < 100
+
+    def test_a_reduction_that_nobody_wants_any_more_ends(self, executor: Executor) -> None:
+        fold = CountingFold(seconds=0.001)
+        partials = executor.reduce(fold, [unit(i) for i in range(2_000)])
+        next(partials)
+        cast(Any, partials).close()
+        time.sleep(0.05)  # the units at hand end
+        folded = len(fold.folded)
+        time.sleep(0.1)
+        assert len(fold.folded) == folded < 2_000
+
+    # call
+
+    def test_every_call_is_answered_once(self, executor: Executor) -> None:
+        answers = list(executor.call(lambda number: number * number, range(100)))
+        assert sorted(answers) == [(i, i * i) for i in range(100)]
+        assert list(executor.call(lambda number: number, [])) == []
+
+    def test_an_error_in_a_call_is_raised_at_once(self, executor: Executor) -> None:
+        asked: list[int] = []
+
+        def fail(number: int) -> int:
+            asked.append(number)
+            if number == 3:
+                raise OSError("tensor 3 cannot be read")
+            time.sleep(0.001)
+            return number
+
+        with pytest.raises(OSError, match="tensor 3 cannot be read"):
+            list(executor.call(fail, range(100_000)))
+        assert len(asked) < 100
+
+    def test_a_stop_ends_the_calls(self, executor: Executor, stop: threading.Event) -> None:
+        answered: list[int] = []
+
+        def answer(number: int) -> int:
+            answered.append(number)
+            if number == 10:
+                stop.set()
+            return number
+
+        with pytest.raises(StoppedError, match="stopped"):
+            list(executor.call(answer, range(100_000)))
+        assert len(answered) < 100
+
+
+class LocalExecutorContract(ExecutorContract):
+    threads: int
+    window = UNITS_IN_FLIGHT
+
+    @pytest.fixture
+    def executor(self, stop: threading.Event) -> Executor:
+        return LocalExecutor(self.threads, stop, partial_seconds=0.005)
+
+    def test_one_caller_computes_at_a_time(self, executor: Executor) -> None:
+        step = CountingStep(seconds=0.001)
+        list(executor.map_unordered(step.step, tasks(20)))
+        assert step.most_computing == 1
+
+
+class TestLocalExecutorWithOneThread(LocalExecutorContract):
+    threads = 1
+
+
+class TestLocalExecutorWithTwoThreads(LocalExecutorContract):
+    threads = 2
+
+
+# -- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def partial_of(*numbers: int) -> Observation:
+    histogram = Histogram(Window(0, 0))
+    for number in numbers:
+        histogram.add(observed(number))
+    return Observation(units={unit(i) for i in numbers}, histograms={0: histogram})
+
+
+def counts(ledger: Ledger) -> dict[int, int]:
+    """number of a unit -> what was counted of it."""
+    if 0 not in ledger.total.histograms:
+        return {}
+    coarse = ledger.total.histograms[0].coarse
+    return {int(i): int(coarse[i]) for i in np.flatnonzero(coarse)}
+
+
+class TestLedger:
+    @pytest.fixture
+    def ledger(self) -> Ledger:
+        return Ledger(unit(i) for i in range(5))
+
+    def test_disjoint_partials_add_up(self, ledger: Ledger) -> None:
+        assert ledger.accept(partial_of(0, 3))
+        assert ledger.accept(partial_of(1))
+        assert ledger.missing == {unit(2), unit(4)}
+        assert counts(ledger) == {0: 1, 1: 2, 3: 4}
+
+    def test_a_repeated_partial_is_dropped(self, ledger: Ledger) -> None:
+        assert ledger.accept(partial_of(0, 1))
+        assert not ledger.accept(partial_of(0, 1))
+        assert counts(ledger) == {0: 1, 1: 2}
+
+    def test_a_partial_that_overlaps_is_dropped_whole_and_its_rest_stays_missing(self, ledger: Ledger) -> None:
+        assert ledger.accept(partial_of(0, 1))
+        assert not ledger.accept(partial_of(1, 2))
+        assert ledger.missing == {unit(2), unit(3), unit(4)}
+        assert counts(ledger) == {0: 1, 1: 2}
+
+    def test_a_partial_of_units_nobody_asked_for_is_dropped_whole(self, ledger: Ledger) -> None:
+        assert not ledger.accept(partial_of(4, 5))
+        assert not ledger.accept(Observation(units={Unit("model.safetensors", 0, 77)}))
+        assert counts(ledger) == {}
+        assert len(ledger.missing) == 5
+
+    def test_an_empty_partial_is_dropped(self, ledger: Ledger) -> None:
+        assert not ledger.accept(Observation())
+
+    def test_a_late_partial_after_the_end_is_dropped(self, ledger: Ledger) -> None:
+        assert ledger.accept(partial_of(0, 1, 2, 3, 4))
+        assert not ledger.missing
+        assert not ledger.accept(partial_of(3))
+        assert counts(ledger) == {0: 1, 1: 2, 2: 3, 3: 4, 4: 5}
+
+    def test_whatever_the_order_and_the_repeats_the_total_is_the_same(self, ledger: Ledger) -> None:
+        parts = [(0, 2), (1,), (2, 3), (3, 4), (0,), (3,), (4,)]
+        for order in itertools.permutations(parts):
+            ledger = Ledger(unit(i) for i in range(5))
+            for part in order:
+                ledger.accept(partial_of(*part))
+            for left in sorted(ledger.missing):  # asked for again
+                assert ledger.accept(partial_of(left.start >> 20))
+            assert counts(ledger) == {0: 1, 1: 2, 2: 3, 3: 4, 4: 5}
+
+
+# -- whole merges over an executor that misbehaves ----------------------------------------------------------------------
+
+
+@dataclass
+class UnreliableExecutor:
+    """Loses every other partial, repeats each of the others, and delivers partials of the round before late."""
+
+    inner: LocalExecutor
+    name: str = "local"
+    rounds: int = 0
+    late: list[Observation] = field(default_factory=list)
+
+    def map_unordered(self, step: MergeStep, tasks: Iterable[MergeTask]) -> Iterator[MergeResult]:
+        for result in self.inner.map_unordered(step, tasks):
+            yield result
+            yield result
+
+    def reduce(self, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+        self.rounds += 1
+        late, self.late = self.late, []
+        for i, found in enumerate(self.inner.reduce(fold, units)):
+            self.late.append(copy.deepcopy(found))
+            if i % 2:
+                yield copy.deepcopy(found)
+                yield copy.deepcopy(found)
+            yield from (copy.deepcopy(old) for old in late)
+
+    def call(self, function: Any, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        return self.inner.call(function, items)
+
+
+@pytest.mark.parametrize("tie_policy", ["keep_all", "exact_k"])
+def test_lost_late_and_repeated_partials_change_nothing(
+    tie_policy: str, merge_job: Checkpoints, tmp_path: Path, one_unit_a_partial: None
+) -> None:
+    models = random_models({"a.weight": (1024, 640), "b.weight": (1024, 640)}, experts=2)
+    recipe = merge_job(models, options={"tie_policy": tie_policy})
+    expected = ties_dist.merge(recipe, tmp_path / "undisturbed", cache_dir=tmp_path / "one", unit_size=1 << 20)
+    job = prepare(recipe, resources=Resources(unit_bytes=1 << 20))
+    executor = UnreliableExecutor(LocalExecutor(2, partial_seconds=0.0))
+    report = engine.run(job, tmp_path / "out", executor=executor, progress=LogProgress())
+    assert report.output_digest == expected.output_digest
+    assert report.thresholds_from == "scan"
+    assert executor.rounds > 1
+    assert [(e.kept_fraction, e.tie_fraction, e.threshold) for e in report.experts] == [
+        (e.kept_fraction, e.tie_fraction, e.threshold) for e in expected.experts
+    ]
+
+
+@pytest.fixture
+def one_unit_a_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds take longer than the time after which a partial is sent."""
+    observe: Callable[..., None] = engine.Worker.observe
+
+    def slow(*arguments: Any) -> None:
+        observe(*arguments)
+        time.sleep(0.001)
+
+    monkeypatch.setattr(engine.Worker, "observe", slow)
