@@ -22,7 +22,7 @@ from ties_dist.prepare import Job, models_of, stamp_inputs
 from ties_dist.progress import Progress, phase
 from ties_dist.publish import OutFolder, companion_files, model_card, publish
 from ties_dist.report import MergeReport
-from ties_dist.resume import check_space, claim
+from ties_dist.resume import adopt, check_space, claim
 from ties_dist.statistics import StatisticsStore
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.local import LocalWriter, open_reader
@@ -84,8 +84,13 @@ def run(
     lock.acquire(wait=wait, stop=stop)
     try:
         if (done := claim(folder, job, fresh=fresh, overwrite=overwrite)) is not None:
+            lock.doubt.unlink(missing_ok=True)
             return done
         record = read_journals(folder.run)
+        if lock.doubt.exists():
+            logger.warning("the run before may still be alive: going on with copies of its partial shards")
+            adopt(folder, job.plan.layout, publishing=record.publishing)
+            lock.doubt.unlink()
         check_space(folder, job, publishing=record.publishing)
         writer = LocalWriter(folder.parts, folder.path, fence=lock.check)
         try:
@@ -131,6 +136,7 @@ def _merge(
     for shard in shards:
         if shard.name not in kept:
             keeper.writer.create(shard.name, shard.size)
+    passes.warm_up()
     passes.cuts |= record.cuts
     passes.find_thresholds(record.thresholds)
     current = record.covering(r for r in record.merged if r.unit.shard in kept and passes.is_current(r))

@@ -1,7 +1,8 @@
 """One driver per OUT: a lock that names its holder, and a lease that shows it alive.
 
 A plain shared file system cannot enforce a fencing token, so the lock only keeps honest drivers apart; late writers are
-made harmless elsewhere (identical bytes, own journals, the token checked before each commit and rename; design.md).
+made harmless elsewhere: each has a journal of its own, the token is checked before each range, commit and rename, and
+what a replaced holder may still have on its way to the disk goes into files that are no longer used (`resume.adopt`).
 A provably dead holder (same host, boot and process namespace, process gone) is replaced at once, another one after its
 lease stood still for a minute by our own clock. Equal host names alone prove nothing: cloned machines share them.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from ties_dist.errors import LockedError, StoppedError
-from ties_dist.storage.local import output_error, write_durably
+from ties_dist.storage.local import output_error, sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,11 @@ class RunLock:
     def path(self) -> Path:
         return self.folder / "lock"
 
+    @property
+    def doubt(self) -> Path:
+        """There from the moment a holder that may be alive is replaced until its partial files are."""
+        return self.folder / "doubt"
+
     def acquire(self, *, wait: bool = False, stop: threading.Event | None = None) -> None:
         """Take the lock. Raises LockedError naming a living holder, unless told to wait for it; StoppedError."""
         try:
@@ -121,6 +127,9 @@ class RunLock:
         with self._guard():
             holder = self.holder()
             if holder is None or holder.is_dead(self.me) or self._expired(holder, watched, wait=wait):
+                if holder is not None and not holder.is_dead(self.me):
+                    self.doubt.touch()
+                    sync_folder(self.folder)
                 claim = self.folder / f"claim-{self.token}"
                 write_durably(claim, json.dumps(asdict(self.me)))
                 claim.replace(self.path)
@@ -208,7 +217,7 @@ def _started(pid: int) -> float | None:
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return -1.0 if state in "ZX" else float(fields[18])
+        return -1.0 if state in "ZX" and int(fields[16]) <= 1 else float(fields[18])  # the last thread, not the first
     except (OSError, ValueError):
         pass
     try:  # no /proc: not Linux

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Passes:
     sign_sum: int = 0
     """Of the units so far: a guess at the majority sign, proven or redone at the end."""
     phases: dict[str, float] = field(default_factory=dict)
+    _warming: threading.Thread | None = None
 
     @property
     def _per_tensor(self) -> bool:
@@ -78,6 +80,11 @@ class Passes:
     @property
     def totals(self) -> Totals:
         return Totals.of(self.plan, self.results.values())
+
+    def warm_up(self) -> None:
+        """Let the kernel compile while thresholds are looked for; `merge_missing` waits for it."""
+        self._warming = threading.Thread(target=self.worker.warm_up, name="compile", daemon=True)
+        self._warming.start()
 
     def find_thresholds(self, known: Sequence[ModelCut] | None = None) -> None:
         """Whole-model thresholds, once for all units. known: those that an interrupted run has found.
@@ -123,6 +130,8 @@ class Passes:
         for unit in self.results:
             done.setdefault(unit.shard, []).append((unit.start, unit.stop))
         missing = list(self.plan.units(done))
+        if self._warming is not None:
+            self._warming.join()
         if self.results and self.plan.method.asks_majority:
             self.sign_sum = self.totals.get("sign_sum")
         with self._timed("merge"), phase(self.progress, "merge", sum(u.nbytes for u in missing)):

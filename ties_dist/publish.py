@@ -26,7 +26,7 @@ RECIPE_COPY = "ties_dist_recipe.yml"
 COMPANIONS = (
     r"config\.json|generation_config\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|"
     r".*\.tiktoken|sentencepiece.*|spiece\.model|chat_template.*|.*preprocessor_config\.json|processor_config\.json|"
-    r"modules\.json|.*\.py|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
+    r".*\.py|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
 )
 """Files copied from the base beside the weights, where it has them."""
 
@@ -111,11 +111,7 @@ def publish(
     blocks: digests by shard. origin: what `verify` needs to merge a sample again. check: raises where another driver
     took over; called before every step, as what is done after that is done to the other's model.
     """
-
-    def put(path: Path, content: str | bytes) -> None:
-        check()
-        write_durably(path, content)
-
+    check()
     if lost := [s.name for s in layout.shards if out.part(s, publishing=True) is None]:
         raise OutputError(f"{', '.join(lost)} vanished from {out.parts}. Run the same command again: it resumes.")
     manifest = {
@@ -129,17 +125,17 @@ def publish(
     try:
         _remove_old(out, keep={s.name for s in layout.shards} - pending, companions=set(companions), check=check)
         # Before the companions: whoever replaces a half-published model has to know which files are its own.
-        put(out.state / "manifest.json", json.dumps(manifest))
+        write_durably(out.state / "manifest.json", json.dumps(manifest), check)
         for name, content in companions.items():
-            put(out.path / name, content)
-        put(out.state / "report.json", report.to_json())
+            write_durably(out.path / name, content, check)
+        write_durably(out.state / "report.json", report.to_json(), check)
         for shard in layout.shards:
             if shard.name in pending:
                 check()
                 (out.parts / shard.name).replace(out.path / shard.name)
         sync_folder(out.path)
         if layout.index is not None:
-            put(out.path / INDEX_NAME, layout.index)
+            write_durably(out.path / INDEX_NAME, layout.index, check)
     except OSError as error:
         raise output_error(error, out.path) from error
     shutil.rmtree(out.run, ignore_errors=True)

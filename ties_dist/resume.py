@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ties_dist.errors import CheckpointError, OutputError, PlanError, listing
+from ties_dist.layout import Layout
 from ties_dist.plan import readable
 from ties_dist.prepare import Job
 from ties_dist.publish import OutFolder
 from ties_dist.report import MergeReport
-from ties_dist.storage.local import output_error, write_durably
+from ties_dist.storage.local import copy_sparse, output_error, sync_folder, write_durably
 
 SPARE_BYTES = 64 << 20
 """Journals, companions and the file system's own needs."""
@@ -94,6 +96,24 @@ def _unfinished(out: OutFolder, job: Job, other: str) -> OutputError | Checkpoin
         f"OUT {out.path} holds an unfinished merge of {what}. Finish it with its own command, choose another OUT, or "
         "discard it with --fresh."
     )
+
+
+def adopt(out: OutFolder, layout: Layout, *, publishing: bool) -> None:
+    """Copy every partial shard, and go on with the copies: who was replaced, but may live, still has the old ones open.
+
+    A range that it wrote before it was paused can reach them at any time, merged with a guess that has been corrected
+    since. publishing: see `OutFolder.part`. Raises OutputError.
+    """
+    for shard in layout.shards:
+        path = out.part(shard, publishing=publishing)
+        copy = out.parts / f"{shard.name}.copy"
+        try:
+            if path is not None:
+                copy_sparse(path, copy)
+                os.replace(copy, out.parts / shard.name)
+                sync_folder(out.parts)
+        except OSError as error:
+            raise output_error(error, copy) from error
 
 
 def check_space(out: OutFolder, job: Job, *, publishing: bool) -> None:

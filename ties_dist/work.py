@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ties_dist.errors import CheckpointError
 from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equal, loadable
-from ties_dist.kernels.merge import KernelKind, MergeKernel
+from ties_dist.kernels.merge import SMALL_SLICE, KernelKind, MergeKernel
 from ties_dist.layout import ITEM_BYTES, Segment
 from ties_dist.methods.base import Cut, State
 from ties_dist.plan import Input, MergePlan, Unit, digest
@@ -155,6 +155,22 @@ class Worker:
     def kernel(self) -> MergeKernel:
         elements = self.plan.elements * len(self.plan.experts)
         return MergeKernel(self.plan.method, self.kernel_kind, operand_elements=elements)
+
+    def warm_up(self) -> None:
+        """Compile the kernel for the types of these models, while others are reading headers, samples or a scan."""
+        plan, count = self.plan, len(self.plan.experts)
+        done: set[tuple[str, ...]] = set()
+        for tensor in plan.tensors if self.kernel.kind == "compiled" else ():
+            types = (*(m.model.tensors[tensor.source].dtype for m in self.operands if tensor.merged), tensor.dtype)
+            if not tensor.merged or tensor.numel < SMALL_SLICE or types in done:
+                continue
+            done.add(types)
+            *read, written = (TORCH_DTYPES[t] for t in types)
+            first = len(read) - len(plan.extras) - count
+            numbers = plan.numbers[tensor.source]
+            cuts = [Cut(threshold=0.0, keep=0.0)] * (count if plan.method.trim else 0)
+            state = plan.method.state(numbers.parameters, numbers.experts, cuts, 1)
+            self.kernel.warm_up(read[0], read[first : first + count], read[first + count :], state, written)
 
     def segments(self, unit: Unit) -> list[Segment]:
         return list(self.plan.layout.by_name[unit.shard].segments(unit.start, unit.stop))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ties_dist.kernels.merge import OVERFLOWS_FROM, SMALL_SLICE, MergeKernel, can_compile
+from ties_dist.kernels.merge import OVERFLOWS_FROM, SMALL_SLICE, MergeKernel, has_compiler
 from ties_dist.methods import Cut, Linear, Method, TaskArithmetic, Ties
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +21,7 @@ def kernels(method: Method) -> tuple[MergeKernel, MergeKernel]:
 
 @pytest.fixture(scope="module")
 def compiler() -> None:
-    if not can_compile():
+    if not has_compiler():
         pytest.skip("no C++ compiler here")
 
 

@@ -22,6 +22,8 @@ from ties_dist.work import Loaded, MergeResult, MergeStep, MergeTask, Observatio
 
 READ_AHEAD = 2
 WRITE_BEHIND = 2
+PARTIAL_SECONDS = 5.0
+"""How long a counting thread keeps its counts to itself."""
 
 
 @dataclass
@@ -30,7 +32,7 @@ class LocalExecutor:
 
     threads: int
     stop: threading.Event = field(default_factory=threading.Event)
-    partial_seconds: float = 5.0
+    partial_seconds: float = field(default_factory=lambda: PARTIAL_SECONDS)
     name: str = "local"
 
     def map_unordered(self, step: MergeStep, tasks: Iterable[MergeTask]) -> Iterator[MergeResult]:

@@ -74,6 +74,8 @@ def fuse(method: Method, dtype: torch.dtype) -> Fused:
     return merge_slice
 
 
+EAGERLY = "running eagerly, 20 times slower. Install a C++ compiler (g++)."
+
 OVERFLOWS_FROM = {torch.float32: torch.inf, torch.bfloat16: 2.0**128 - 2.0**119, torch.float16: 65520.0}
 """Smallest magnitude that round-to-nearest-even turns into Inf: the largest finite value plus half a unit."""
 
@@ -93,7 +95,21 @@ class MergeKernel:
         self._method = method
         self._fused: dict[torch.dtype, tuple[Fused, Fused]] = {}
         wanted = kind == "compiled" or (kind == "auto" and operand_elements >= COMPILE_FROM)
-        self.kind: Literal["compiled", "eager"] = "compiled" if wanted and can_compile() else "eager"
+        self.kind: Literal["compiled", "eager"] = "compiled" if wanted and has_compiler() else "eager"
+
+    def warm_up(
+        self,
+        base: torch.dtype,
+        experts: Sequence[torch.dtype],
+        extras: Sequence[torch.dtype],
+        state: State,
+        out: torch.dtype,
+    ) -> None:
+        """Compile for slices of these types now, on whatever thread this is, rather than at the first slice."""
+        if self.kind == "compiled":
+            zeros = [torch.zeros(SMALL_SLICE, dtype=dtype) for dtype in (base, *experts, *extras)]
+            split = 1 + len(experts)
+            self(zeros[0], zeros[1:split], zeros[split:], state, 0, torch.zeros(SMALL_SLICE, dtype=out))
 
     def __call__(
         self,
@@ -109,13 +125,30 @@ class MergeKernel:
         Returns the counters of `fuse`, int64.
         """
         n = out.numel()
-        eager, compiled = self._functions(out.dtype)
-        function, step = (compiled, LARGE_SLICE) if n >= SMALL_SLICE else (eager, EAGER_BLOCK)
-        if self.kind == "eager":
-            function, step = eager, EAGER_BLOCK
+        if self.kind == "compiled" and n >= SMALL_SLICE:
+            try:
+                return self._run(self._functions(out.dtype)[1], LARGE_SLICE, base, experts, extras, state, start, out)
+            except Exception as error:
+                if not _is_compile_failure(error):
+                    raise
+                logger.warning("compiling the kernel failed (%s): %s", str(error).splitlines()[0], EAGERLY)
+                self.kind = "eager"
+        return self._run(self._functions(out.dtype)[0], EAGER_BLOCK, base, experts, extras, state, start, out)
+
+    @staticmethod
+    def _run(
+        function: Fused,
+        step: int,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        state: State,
+        start: int,
+        out: Tensor,
+    ) -> Tensor:
         counters = torch.zeros((), dtype=torch.int64)
-        for low in range(0, max(n, 1), step):
-            high = min(n, low + step)
+        for low in range(0, max(out.numel(), 1), step):
+            high = min(out.numel(), low + step)
             merged, counted = function(
                 base[low:high],
                 [e[low:high] for e in experts],
@@ -134,25 +167,34 @@ class MergeKernel:
         return self._fused[dtype]
 
 
-def can_compile() -> bool:
-    """Whether this machine has a working C++ compiler; said where it has not."""
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler on this machine; said where there is none."""
+    from torch._inductor import config  # these imports cost a second: only where something is compiled
+
+    config.compile_threads = 1  # for one kernel, a pool of compiling processes costs more than it saves
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
     try:
-        torch.compile(lambda x: x + 1, dynamic=True)(torch.zeros(SMALL_SLICE))
-    except Exception as error:
-        logger.warning(
-            "no compiled kernels on this machine (%s): running eagerly, 20 times slower. Install a C++ compiler.",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
-        )
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        logger.warning("no C++ compiler on this machine: %s", EAGERLY)
         return False
     return True
 
 
+def _is_compile_failure(error: Exception) -> bool:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    return isinstance(error, BackendCompilerFailed)
+
+
 def compile_fused(function: Fused) -> Fused:
     """The function as one compiled loop, for slices of any length and inputs of any types."""
-    import torch._dynamo as dynamo
+    from torch._dynamo import config
 
     # Past the limit torch falls back to eager silently, with right bits and 20 times the time: make it an error.
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
-    dynamo.config.fail_on_recompile_limit_hit = True
+    config.recompile_limit = max(config.recompile_limit, 64)
+    config.fail_on_recompile_limit_hit = True
     compiled: Fused = torch.compile(function, dynamic=True, fullgraph=True, options=dict(ONE_LOOP))
     return compiled
