@@ -24,7 +24,7 @@ check: .venv/installed
 
 # 100 merges, each killed several times at random moments; about 15 minutes.
 drill: .venv/installed
-	$(BIN)/python tests/drills/kill_drill.py --runs 100 --report
+	$(BIN)/python -m tests.drills.kill_drill --runs 100 --report
 
 # Against mergekit on TinyLlama-1.1B shapes, with the ceiling measured in the same run; needs 14 GB of disk.
 bench: .venv/installed .venv-mergekit/installed

@@ -242,5 +242,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_status)
 
 
-if __name__ == "__main__":
-    main()
+def console() -> None:
+    """`main` for a process of its own: ends it at once, whatever the compiler's threads are still doing."""
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1 if end.code else 0)

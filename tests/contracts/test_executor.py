@@ -389,7 +389,7 @@ class TestLedger:
             assert counts(ledger) == {0: 1, 1: 2, 2: 3, 3: 4, 4: 5}
 
 
-# -- whole merges over an executor that misbehaves ----------------------------------------------------------------------
+# -- whole merges over an executor that misbehaves ---------------------------------------------------------------------
 
 
 @dataclass

@@ -72,7 +72,9 @@ class WriterContract:
             writer.create(name, BLOCK_BYTES)
             writer.write(name, 0, block(seed, BLOCK_BYTES))
         writer.sync(["a", "b", "c"])
-        assert [writer.read(name, 0, BLOCK_BYTES) == block(i, BLOCK_BYTES) for i, name in enumerate("abc")] == [True] * 3
+        assert [writer.read(name, 0, BLOCK_BYTES) == block(i, BLOCK_BYTES) for i, name in enumerate("abc")] == [
+            True
+        ] * 3
 
     def test_threads_write_disjoint_ranges_at_once(self, writer: Writer) -> None:
         writer.create("a", 40 * 9000)
@@ -140,9 +142,9 @@ class LocalWriterContract(WriterContract):
         assert writer.read("a", 0, SIZE) == block(1, SIZE)
 
     def test_writing_or_syncing_what_is_not_there_is_an_output_error(self, writer: LocalWriter) -> None:
-        with pytest.raises(OutputError, match="cannot write .*missing"):
+        with pytest.raises(OutputError, match=r"cannot write .*missing"):
             writer.write("missing", 0, block(1, 10))
-        with pytest.raises(OutputError, match="cannot write .*missing"):
+        with pytest.raises(OutputError, match=r"cannot write .*missing"):
             writer.sync(["missing"])
 
 

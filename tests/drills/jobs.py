@@ -12,8 +12,11 @@ from torch import Tensor
 
 from tests.conftest import write_checkpoint
 
-GRID = 256
-"""Values are multiples of 1/256: sums and differences are exact in bfloat16, so magnitudes tie and experts cancel."""
+GRIDS = {torch.bfloat16: (1 << 8, 40), torch.float32: (1 << 20, 1 << 15)}
+"""dtype -> (values are multiples of 1/this, deltas of at most so many of them): exact, so that experts cancel.
+
+In bfloat16 a threshold is then an atom of many entries; in float32 it is not, and its prediction is a little off.
+"""
 
 
 def late_majority(elements: int, *, tensors: int = 9, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Tensor]]:
@@ -23,18 +26,19 @@ def late_majority(elements: int, *, tensors: int = 9, dtype: torch.dtype = torch
     majority sign to be +1, which is wrong. A third of the elements cancels exactly, so those units have to be redone.
     """
     draw = np.random.default_rng(0)
+    grid, largest = GRIDS[dtype]
     models: list[dict[str, Tensor]] = [{} for _ in range(4)]
     for i in range(tensors):
         size = elements // tensors
-        base = draw.integers(64, 192, size)
+        base = draw.integers(grid // 4, 3 * grid // 4, size)
         sign = np.where(draw.random(size) < 0.9, 1, -1) * (1 if 9 * i < 2 * tensors else -1)
-        magnitude = np.minimum(40, draw.geometric(0.08, (3, size)))
+        magnitude = np.minimum(largest, draw.geometric(3.2 / largest, (3, size)))
         deltas = sign * magnitude
         cancels = draw.random(size) < 1 / 3
         deltas[1] = np.where(cancels, -deltas[0], deltas[1])
         deltas[2] = np.where(cancels, 0, deltas[2])
         for model, values in zip(models, (base, *(base + delta for delta in deltas)), strict=True):
-            numbers = torch.from_numpy(values.astype(np.float32) / GRID).to(dtype)
+            numbers = torch.from_numpy(values.astype(np.float32) / grid).to(dtype)
             model[f"layers.{i}.weight"] = numbers.reshape(-1, 64) if size % 64 == 0 else numbers
     return models
 

@@ -33,6 +33,7 @@ SMALL_STEPS = {
     "ties_dist.lock:LEASE_SECONDS": 1.0,
 }
 """Whatever is done is journalled at once, and a lease counts as standing still after a second."""
+pytestmark = pytest.mark.slow
 WRITE = "ties_dist.storage.local:LocalWriter.write"
 
 
@@ -128,9 +129,13 @@ def merges(forge: Forge, whole_model: Job, tmp_path: Path) -> Merges:
     return Merges(forge=forge, job=whole_model, folder=tmp_path)
 
 
-# -- killed ---------------------------------------------------------------------------------------------------------------
+# -- killed ------------------------------------------------------------------------------------------------------------
 
-SCAN = [("ties_dist.work:Worker.observe", 1), ("ties_dist.work:Worker.observe", 5), ("ties_dist.journal:Journal.commit", 1)]
+SCAN = [
+    ("ties_dist.work:Worker.observe", 1),
+    ("ties_dist.work:Worker.observe", 5),
+    ("ties_dist.journal:Journal.commit", 1),
+]
 MERGE = [(WRITE, 1), (WRITE, 4), ("os:fdatasync", 3), ("ties_dist.journal:Journal.commit", 4)]
 REDO = [(WRITE, UNITS + 2), ("os:fdatasync", UNITS + 2), ("ties_dist.passes:Passes.prove", 1)]
 PUBLISH = [
@@ -144,7 +149,9 @@ PUBLISH = [
 ]
 
 
-@pytest.mark.parametrize(("call", "number"), [("ties_dist.lock:RunLock.acquire", 1), ("ties_dist.engine:claim", 1), *SCAN])
+@pytest.mark.parametrize(
+    ("call", "number"), [("ties_dist.lock:RunLock.acquire", 1), ("ties_dist.engine:claim", 1), *SCAN]
+)
 def test_killed_before_anything_was_merged(call: str, number: int, merges: Merges) -> None:
     merges.killed(call, number)
     assert standing(merges.out, merges.job.versions) is None
@@ -186,7 +193,9 @@ def test_killed_after_the_commit_point_is_done(merges: Merges) -> None:
     assert merges.finished()["already_done"]
 
 
-@pytest.mark.parametrize("call", ["ties_dist.work:Worker.select", WRITE, "os:fdatasync", "ties_dist.journal:Journal.commit"])
+@pytest.mark.parametrize(
+    "call", ["ties_dist.work:Worker.select", WRITE, "os:fdatasync", "ties_dist.journal:Journal.commit"]
+)
 def test_killed_while_tensors_are_selected_and_merged_one_group_after_another(
     call: str, forge: Forge, per_tensor: Job, tmp_path: Path
 ) -> None:
@@ -224,11 +233,13 @@ def test_what_a_kill_left_is_read_again_and_not_believed(merges: Merges) -> None
     assert merges.finished()["resumed_units"] == len(merged) - 1
 
 
-# -- told to stop -----------------------------------------------------------------------------------------------------------
+# -- told to stop ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("call", "number"), [("ties_dist.work:Worker.observe", 3), (WRITE, 3), (WRITE, UNITS + 2)], ids=["scan", "merge", "redo"]
+    ("call", "number"),
+    [("ties_dist.work:Worker.observe", 3), (WRITE, 3), (WRITE, UNITS + 2)],
+    ids=["scan", "merge", "redo"],
 )
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_merge_that_can_be_resumed(
@@ -260,11 +271,8 @@ LocalWriter.write = signalled
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_fresh_process_ends_and_resumes_like_a_forked_one(
-    by: signal.Signals, status: int, merges: Merges
-) -> None:
+def test_a_fresh_process_ends_and_resumes_like_a_forked_one(by: signal.Signals, status: int, merges: Merges) -> None:
     given = ("merge", merges.job.recipe, merges.out, "--unit-size", "1MiB", "--json")
     ended = finish(start(int(by), *given, code=BENT))
     assert (ended.status, ended.out) == (status, "")
@@ -285,7 +293,7 @@ def test_a_second_signal_ends_the_process_at_once(merges: Merges) -> None:
     merges.finished()
 
 
-# -- paused -----------------------------------------------------------------------------------------------------------------
+# -- paused ------------------------------------------------------------------------------------------------------------
 
 
 def wait_until_stopped(process: Forked) -> None:
@@ -295,9 +303,18 @@ def wait_until_stopped(process: Forked) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("call", "number"), [("ties_dist.work:Worker.observe", 3), (WRITE, 4), (WRITE, UNITS + 2), *PUBLISH]
-)
+PAUSES = [
+    ("ties_dist.work:Worker.observe", 3),
+    (WRITE, 4),
+    ("os:pwrite", 1),  # past the fence: these bytes, of the wrong majority sign, reach the disk after the other's
+    ("os:pwrite", 4),
+    (WRITE, UNITS + 2),
+    ("os:pwrite", UNITS + 2),
+    *PUBLISH,
+]
+
+
+@pytest.mark.parametrize(("call", "number"), PAUSES)
 def test_a_paused_run_that_was_replaced_gives_up_and_harms_nothing(call: str, number: int, merges: Merges) -> None:
     paused = merges.start(die=(call, number), by=signal.SIGSTOP)
     wait_until_stopped(paused)

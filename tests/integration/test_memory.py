@@ -21,10 +21,10 @@ MIB = 1 << 20
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
 def test_peak_memory_stays_within_projection_and_budget(backend: str, merge_job: Checkpoints, tmp_path: Path) -> None:
-    """Inputs of 4 x 120 MB, budget 64 MiB."""
+    """Inputs of 4 x 120 MB, budget 80 MiB."""
     shapes = {f"layers.{i}.weight": (3000, 4000) for i in range(4)} | {"embed.weight": (24000, 500)}
     recipe = merge_job(random_models(shapes, experts=3, dtype=torch.bfloat16), shards=2)
-    budget = 64 * MIB
+    budget = 80 * MIB
     done = subprocess.run(
         [
             *(sys.executable, "-m", "ties_dist", "merge", str(recipe), str(tmp_path / "out"), "--json", "-q"),

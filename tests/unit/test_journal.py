@@ -153,7 +153,7 @@ def test_a_full_disk_is_an_output_error_and_the_lines_are_not_lost(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OutputError, match="the disk is full. Free some space and run the same command again"):
+        with pytest.raises(OutputError, match=r"the disk is full. Free some space and run the same command again"):
             opened.commit()
     opened.commit()
     assert read_journals(tmp_path).merged[-1] == result(1, 2)
@@ -175,7 +175,7 @@ def test_a_cut_from_the_journal_gives_the_state_digest_it_was_merged_with(tmp_pa
         assert state(tuple(read)) == state(tuple(known))
 
 
-# -- which results count ------------------------------------------------------------------------------------------------
+# -- which results count -----------------------------------------------------------------------------------------------
 
 
 def test_the_newest_result_of_a_range_counts() -> None:
@@ -197,7 +197,9 @@ def test_an_older_result_that_a_newer_one_overlaps_does_not_count(newer: tuple[i
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 12), st.integers(1, 6), st.sampled_from("ab")).map(lambda t: (t[0], t[0] + t[1], t[2])),
+        st.tuples(st.integers(0, 12), st.integers(1, 6), st.sampled_from("ab")).map(
+            lambda t: (t[0], t[0] + t[1], t[2])
+        ),
         max_size=15,
     )
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -78,7 +79,7 @@ def open_lock(folder: Path) -> Iterator[Callable[..., RunLock]]:
 OpenLock = Callable[..., RunLock]
 
 
-# -- holding and releasing ------------------------------------------------------------------------------------------------
+# -- holding and releasing ---------------------------------------------------------------------------------------------
 
 
 def test_a_lock_names_its_holder(folder: Path, open_lock: OpenLock) -> None:
@@ -119,11 +120,11 @@ def test_a_release_is_quiet_where_the_folder_is_gone(folder: Path, open_lock: Op
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OutputError, match="cannot write .*Not a directory"):
+    with pytest.raises(OutputError, match=r"cannot write .*Not a directory"):
         RunLock(tmp_path / "out" / ".ties_dist").acquire()
 
 
-# -- a holder on this machine ---------------------------------------------------------------------------------------------
+# -- a holder on this machine ------------------------------------------------------------------------------------------
 
 
 def test_a_living_holder_is_named_and_never_replaced(folder: Path, open_lock: OpenLock) -> None:
@@ -162,6 +163,7 @@ def test_a_holder_whose_process_is_gone_is_replaced_at_once(folder: Path, open_l
     assert time.monotonic() - began < 5
     assert taker.holder() == taker.me
     assert not lease.exists()
+    assert not taker.doubt.exists()  # the dead write nothing
 
 
 def test_a_killed_holder_that_nobody_has_reaped_is_replaced_at_once(folder: Path, open_lock: OpenLock) -> None:
@@ -174,6 +176,29 @@ def test_a_killed_holder_that_nobody_has_reaped_is_replaced_at_once(folder: Path
         assert taker.holder() == taker.me
     finally:
         process.wait()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="calls exit(2) by its number")
+def test_a_process_whose_first_thread_has_ended_is_alive_while_another_runs() -> None:
+    # A killed process is a zombie already while one of its threads ends a write.
+    code = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "ctypes.CDLL(None).syscall(60, 0)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    stat = Path(f"/proc/{process.pid}/stat")
+    try:
+        while " (python" in stat.read_text() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        mine = Holder.myself()
+        holder = replace(mine, pid=process.pid, started=float(stat.read_text().rpartition(")")[2].split()[19]))
+        assert not holder.is_dead(mine)
+    finally:
+        process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert holder.is_dead(mine)
+    process.wait()
 
 
 def test_a_recycled_process_id_does_not_keep_a_dead_holder_alive(folder: Path, open_lock: OpenLock) -> None:
@@ -221,7 +246,7 @@ def test_a_damaged_lock_is_nobodys(folder: Path, open_lock: OpenLock) -> None:
         taker.release()
 
 
-# -- a holder elsewhere ---------------------------------------------------------------------------------------------------
+# -- a holder elsewhere ------------------------------------------------------------------------------------------------
 
 
 def test_a_lease_that_stands_still_for_lease_seconds_by_our_own_clock_is_taken_over(
@@ -235,6 +260,7 @@ def test_a_lease_that_stands_still_for_lease_seconds_by_our_own_clock_is_taken_o
     assert LEASE_SECONDS <= time.monotonic() - began < 10 * LEASE_SECONDS
     assert taker.holder() == taker.me
     assert not lease.exists()
+    assert taker.doubt.exists()  # it may be alive, and write: its files have to be replaced
 
 
 def test_a_lease_that_is_missing_stands_still(folder: Path, open_lock: OpenLock) -> None:
@@ -292,7 +318,7 @@ def test_one_who_waits_can_be_stopped(folder: Path, open_lock: OpenLock) -> None
     assert not (folder / f"lease-{second.token}").exists()
 
 
-# -- who was replaced -----------------------------------------------------------------------------------------------------
+# -- who was replaced --------------------------------------------------------------------------------------------------
 
 
 def test_a_holder_that_was_paused_and_replaced_is_told_at_its_next_check(folder: Path, open_lock: OpenLock) -> None:
@@ -301,7 +327,9 @@ def test_a_holder_that_was_paused_and_replaced_is_told_at_its_next_check(folder:
     paused._stop.set()  # its lease stands still
     taker = open_lock()
     taker.acquire()
-    with pytest.raises(LockedError, match=rf"this run lost .* to process {os.getpid()} on .*goes on with the same work"):
+    with pytest.raises(
+        LockedError, match=rf"this run lost .* to process {os.getpid()} on .*goes on with the same work"
+    ):
         paused.check()
     paused.release()
     assert taker.holder() == taker.me  # a lock that is not one's own is left alone
@@ -312,11 +340,11 @@ def test_a_check_of_a_lock_that_somebody_removed_raises(folder: Path, open_lock:
     held = open_lock()
     held.acquire()
     (folder / "lock").unlink()
-    with pytest.raises(LockedError, match="lost .* to another run"):
+    with pytest.raises(LockedError, match=r"lost .* to another run"):
         held.check()
 
 
-# -- two at once ----------------------------------------------------------------------------------------------------------
+# -- two at once -------------------------------------------------------------------------------------------------------
 
 
 def _take(folder: str, together: object, outcome: object) -> None:

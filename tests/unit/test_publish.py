@@ -58,7 +58,7 @@ def suppressed() -> Iterator[list[bool]]:
         died.append(True)
 
 
-# -- publishing alone -----------------------------------------------------------------------------------------------------
+# -- publishing alone --------------------------------------------------------------------------------------------------
 
 
 def layout_of(shards: int) -> Layout:
@@ -190,10 +190,35 @@ def test_publishing_that_is_fenced_off_anywhere_changes_nothing_from_then_on(
             last = True
             break
         except LockedError:
-            assert version_of(folder.path) == fence.seen
+            unnamed = {name for name in fence.seen if name.endswith(".tmp")}  # removed: it never got its name
+            assert version_of(folder.path) == {n: d for n, d in fence.seen.items() if n not in unnamed}
         assert standing(folder.path, versions) in ("old", None)
     assert last
     assert number >= 2 + new + (new > 1)  # before the removal, each rename, and the index
+
+
+@pytest.mark.parametrize(("old", "new"), CASES)
+def test_no_name_is_given_or_taken_without_a_look_at_the_lock_just_before(
+    old: int | None, new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model, _ = setting(tmp_path, old, new)
+    looked, changes = [False], []
+
+    def guarded(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def change(path: str | Path, *arguments: object, **options: object) -> object:
+            changes.append((name, Path(path).name))
+            assert looked[0] or not Path(path).exists(), changes
+            looked[0] &= not Path(path).exists()
+            return call(path, *arguments, **options)
+
+        return change
+
+    with monkeypatch.context() as patched:
+        for name in ("replace", "unlink"):
+            patched.setattr(os, name, guarded(name, getattr(os, name)))
+        patched.setattr("ties_dist.publish.shutil.rmtree", lambda *_, **__: None)
+        model.publish(folder, lambda: looked.__setitem__(0, True))
+    assert len([name for what, name in changes if what == "replace"]) == new + (new > 1) + 2 + len(model.companions)
 
 
 def test_nothing_of_an_abandoned_half_published_model_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +278,7 @@ def test_where_a_shard_is_depends_on_whether_publishing_began(tmp_path: Path) ->
     assert folder.part(shard, publishing=True) is None
 
 
-# -- whole merges ---------------------------------------------------------------------------------------------------------
+# -- whole merges ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -19,13 +19,14 @@ import ties_dist
 from tests.drills.jobs import late_majority, write_job
 from ties_dist import resume
 from ties_dist.errors import CheckpointError, LockedError, OutputError, PlanError, StoppedError
+from ties_dist.journal import Journal
 from ties_dist.lock import RunLock
 from ties_dist.prepare import prepare
 from ties_dist.report import MergeReport
 from ties_dist.statistics import StatisticsStore
-from ties_dist.storage.local import LocalWriter
+from ties_dist.storage.local import LocalWriter, copy_sparse
 from ties_dist.threshold import Histogram, Window
-from ties_dist.work import Worker
+from ties_dist.work import MergeResult, Worker
 
 MIB = 1 << 20
 ELEMENTS = 9 * 64 * 4608
@@ -65,7 +66,9 @@ def merge(recipe: Path, out: Path, **options: Any) -> MergeReport:
     return ties_dist.merge(recipe, out, **{"unit_size": MIB, "threads": 2, "kernel": "eager", **options})
 
 
-def interrupt(recipe: Path, out: Path, *, after: int, at: tuple[Any, str] = (LocalWriter, "write"), **options: Any) -> int:
+def interrupt(
+    recipe: Path, out: Path, *, after: int, at: tuple[Any, str] = (LocalWriter, "write"), **options: Any
+) -> int:
     """Stop a merge where a method is called for the `after`-th time. Returns how many units are in its journal."""
     stop = threading.Event()
     with (
@@ -93,7 +96,7 @@ def flip_byte(path: Path, position: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-# -- what is taken over ---------------------------------------------------------------------------------------------------
+# -- what is taken over ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"trim_scope": "tensor"}, {"tie_policy": "exact_k"}], ids=str)
@@ -115,7 +118,7 @@ def test_every_journalled_unit_is_taken_over(
         {"unit_size": 64 * MIB},
         {"threads": 1, "read_backend": "pread"},
         {"memory_budget": 80 * MIB, "unit_size": None},
-        {"kernel": "compiled"},
+        pytest.param({"kernel": "compiled"}, marks=pytest.mark.slow),
         {"trust_journal": True},
     ],
     ids=str,
@@ -189,7 +192,40 @@ def test_damaged_counts_of_a_scan_are_counted_again(
     assert report.output_digest == digest(recipe)
 
 
-# -- what is not believed -------------------------------------------------------------------------------------------------
+def test_a_line_is_journalled_only_when_its_bytes_are_durable(
+    models: list[dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = write_job(tmp_path, models, shards=2), tmp_path / "out"
+    monkeypatch.setattr("ties_dist.passes.COMMIT_SECONDS", 0.05)
+    written: set[tuple[str, int]] = set()
+    durable: set[tuple[str, int]] = set()
+    journalled: list[tuple[str, int]] = []
+    write, sync, add = LocalWriter.write, LocalWriter.sync, Journal.merged
+
+    def writing(self: LocalWriter, name: str, start: int, block: memoryview) -> None:
+        durable.discard((name, start))
+        write(self, name, start, block)
+        written.add((name, start))
+
+    def syncing(self: LocalWriter, names: list[str]) -> None:
+        before = {unit for unit in written if unit[0] in names}
+        sync(self, names)
+        durable.update(before)
+
+    def adding(self: Journal, result: MergeResult) -> None:
+        assert (result.unit.shard, result.unit.start) in durable
+        journalled.append((result.unit.shard, result.unit.start))
+        add(self, result)
+
+    monkeypatch.setattr(LocalWriter, "write", writing)
+    monkeypatch.setattr(LocalWriter, "sync", syncing)
+    monkeypatch.setattr(Journal, "merged", adding)
+    report = merge(recipe, out)
+    assert len(set(journalled)) == report.units == len(written)
+    assert len(journalled) == report.units + report.redone_units
+
+
+# -- what is not believed ----------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_block_is_merged_again_and_it_alone(models: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:
@@ -267,13 +303,13 @@ def test_inputs_that_change_while_a_run_waits_for_the_lock_are_not_published(
     recipe, file = write_job(tmp_path, models), tmp_path / "expert-1" / "model.safetensors"
     with (
         calling(RunLock, "acquire", lambda _: os.utime(file, ns=(0, 0))),
-        pytest.raises(CheckpointError, match="(?s)inputs were changed while they were merged:.*expert-1"),
+        pytest.raises(CheckpointError, match=r"(?s)inputs were changed while they were merged:.*expert-1"),
     ):
         merge(recipe, tmp_path / "out", wait=True)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-# -- stopping and losing OUT ----------------------------------------------------------------------------------------------
+# -- stopping and losing OUT -------------------------------------------------------------------------------------------
 
 
 def test_a_stop_while_journalled_blocks_are_read_again_is_obeyed(
@@ -281,7 +317,10 @@ def test_a_stop_while_journalled_blocks_are_read_again_is_obeyed(
 ) -> None:
     recipe, out = write_job(tmp_path, models), tmp_path / "out"
     journalled = interrupt(recipe, out, after=4)
-    assert interrupt(recipe, out, after=1, at=(LocalWriter, "read")) == journalled
+    reads: list[int] = []
+    with calling(LocalWriter, "read", reads.append):
+        assert interrupt(recipe, out, after=2, at=(LocalWriter, "read")) == journalled
+    assert len(reads) == 2 < journalled
     assert merge(recipe, out).output_digest == digest(recipe)
 
 
@@ -304,17 +343,55 @@ def test_a_run_that_lost_out_writes_nothing_more(models: list[dict[str, torch.Te
 
     with (
         calling(LocalWriter, "write", lose),
-        pytest.MonkeyPatch.context() as patched,
-        pytest.raises(LockedError, match="this run lost .* which goes on with the same work"),
+        pytest.MonkeyPatch.context() as patched,  # no commit before the end: none of its checks helps
+        pytest.raises(LockedError, match=r"this run lost .* which goes on with the same work"),
     ):
         patched.setattr(os, "pwrite", counted)
+        patched.setattr("ties_dist.passes.COMMIT_SECONDS", 1e9)
         merge(recipe, out)
     assert len(writes) <= 3  # one may have been under way
     (out / ".ties_dist" / "lock").unlink()
     assert merge(recipe, out).output_digest == digest(recipe)
 
 
-# -- publishing resumed ---------------------------------------------------------------------------------------------------
+def test_what_a_replaced_run_still_has_on_its_way_reaches_no_file_in_use(
+    models: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    recipe, out = write_job(tmp_path, models), tmp_path / "out"
+    journalled = interrupt(recipe, out, after=4)
+    used = part(out).stat().st_blocks
+    late = os.open(part(out), os.O_WRONLY)  # as the replaced run, paused, has it
+    (out / ".ties_dist" / "doubt").touch()  # as the lock leaves it
+    kept = interrupt(recipe, out, after=1)
+    assert kept >= journalled  # the copy has all that was done
+    assert part(out).stat().st_blocks < used + 3 * MIB // 512  # and its holes
+    assert not (out / ".ties_dist" / "doubt").exists()
+    report = merge(recipe, out)
+    os.pwrite(late, b"merged with a guess that was wrong", 2 * MIB)
+    os.close(late)
+    assert report.resumed_units == kept
+    assert report.output_digest == digest(recipe)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("holes", [[(0, 3)], [(2, 5)], [(1, 2), (3, 4)], [(0, 5)], []], ids=str)
+def test_a_sparse_file_is_copied_hole_by_hole(holes: list[tuple[int, int]], tmp_path: Path) -> None:
+    source, target, size = tmp_path / "source", tmp_path / "target", 5 * MIB - 77
+    content = bytearray(np.random.default_rng(0).bytes(size))
+    for start, stop in holes:
+        content[start * MIB : min(size, stop * MIB)] = bytes(min(size, stop * MIB) - start * MIB)
+    with open(source, "wb") as file:
+        file.truncate(size)
+        for mib in range(5):
+            if not any(start <= mib < stop for start, stop in holes):
+                file.seek(mib * MIB)
+                file.write(content[mib * MIB : (mib + 1) * MIB])
+    copy_sparse(source, target)
+    assert target.read_bytes() == content
+    assert target.stat().st_blocks == source.stat().st_blocks
+
+
+# -- publishing resumed ------------------------------------------------------------------------------------------------
 
 
 def half_published(recipe: Path, out: Path, *, renamed: int) -> None:
