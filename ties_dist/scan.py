@@ -262,7 +262,8 @@ def sample_slices(plan: MergePlan) -> tuple[list[tuple[str, int, int]], list[flo
     owed = 0.0
     for tensor in plan.counted:
         owed += SAMPLE_SLICES * tensor.numel / max(1, plan.elements)
-        count = min(int(owed) or (len(plan.counted) <= SAMPLE_SLICES), -(-tensor.numel // SAMPLE_ELEMENTS))
+        least = 1 if len(plan.counted) <= SAMPLE_SLICES else 0
+        count = min(max(int(owed), least), -(-tensor.numel // SAMPLE_ELEMENTS))
         owed -= count
         if not count:
             continue
