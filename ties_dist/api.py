@@ -186,13 +186,13 @@ def plan(
 def _passes(chosen: MergePlan) -> tuple[int, int]:
     """Reads of the inputs, best and worst: cached statistics save the scan, a wrong guess adds a read.
 
-    Ties that are cut are counted in another one, and units with exact cancellations are read again where the majority
-    sign was not what they assumed.
+    Ties that are cut are counted in another one, a wrong prediction on 16-bit models is merged once more, and units with
+    exact cancellations are read again where the majority sign was not what they assumed.
     """
     rule = chosen.method.trim
     if rule is None:
         return 1, 1
-    extra = (rule.tie_policy == "exact_k") + chosen.method.asks_majority
+    extra = (rule.tie_policy == "exact_k" or chosen.is_16_bit) + chosen.method.asks_majority
     if rule.scope == "tensor":
         return 3, 3 + extra  # all but the first from the page cache, where it has room
     return 1, 3 + extra
