@@ -18,7 +18,7 @@ from ties_dist.layout import INDEX_NAME, Layout, OutputShard
 from ties_dist.models import ModelReference
 from ties_dist.recipe import Recipe
 from ties_dist.report import MergeReport
-from ties_dist.storage.local import output_error, sync_folder, write_durably
+from ties_dist.storage.local import output_error, partial_name, sync_folder, write_durably
 
 STATE = ".ties_dist"
 CARD = "README.md"
@@ -83,6 +83,9 @@ class OutFolder:
         indexed = len(shards) == 1 or (self.path / INDEX_NAME).is_file()
         return report if same and whole and indexed else None
 
+    def partial(self, shard: str) -> Path:
+        return self.parts / partial_name(shard)
+
     def holds_model(self) -> bool:
         return any(self.path.glob("*.safetensors")) or (self.path / INDEX_NAME).exists()
 
@@ -91,7 +94,7 @@ class OutFolder:
 
         publishing: whether this merge has begun to rename; before that a final file is an older model's.
         """
-        for path in (self.parts / shard.name, *([self.path / shard.name] if publishing else [])):
+        for path in (self.partial(shard.name), *([self.path / shard.name] if publishing else [])):
             if path.exists():
                 return path if path.stat().st_size == shard.size else None
         return None
@@ -121,7 +124,7 @@ def publish(
         "origin": origin,
         "shards": {s.name: {"size": s.size, "blocks": list(blocks[s.name])} for s in layout.shards},
     }
-    pending = {s.name for s in layout.shards if (out.parts / s.name).exists()}
+    pending = {s.name for s in layout.shards if out.partial(s.name).exists()}
     try:
         _remove_old(out, keep={s.name for s in layout.shards} - pending, companions=set(companions), check=check)
         # Before the companions: whoever replaces a half-published model has to know which files are its own.
@@ -132,7 +135,7 @@ def publish(
         for shard in layout.shards:
             if shard.name in pending:
                 check()
-                (out.parts / shard.name).replace(out.path / shard.name)
+                out.partial(shard.name).replace(out.path / shard.name)
         sync_folder(out.path)
         if layout.index is not None:
             write_durably(out.path / INDEX_NAME, layout.index, check)

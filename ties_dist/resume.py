@@ -110,7 +110,7 @@ def adopt(out: OutFolder, layout: Layout, *, publishing: bool) -> None:
         try:
             if path is not None:
                 copy_sparse(path, copy)
-                os.replace(copy, out.parts / shard.name)
+                os.replace(copy, out.partial(shard.name))
                 sync_folder(out.parts)
         except OSError as error:
             raise output_error(error, copy) from error

@@ -108,7 +108,7 @@ class LocalWriterContract(WriterContract):
         return LocalWriter(folder / "parts", folder, direct_from=self.direct_from, fence=fence)
 
     def test_a_file_of_another_size_is_laid_out_anew(self, tmp_path: Path, writer: LocalWriter) -> None:
-        (tmp_path / "parts" / "a").write_bytes(b"half a header")
+        (tmp_path / "parts" / "a.partial").write_bytes(b"half a header")
         writer.create("a", SIZE)
         assert bytes(writer.read("a", 0, SIZE)) == bytes(SIZE)
 
@@ -116,7 +116,7 @@ class LocalWriterContract(WriterContract):
         writer.create("a", SIZE)
         writer.write("a", 0, block(1, SIZE))
         writer.sync(["a"])
-        assert (tmp_path / "parts" / "a").read_bytes() == bytes(block(1, SIZE))
+        assert (tmp_path / "parts" / "a.partial").read_bytes() == bytes(block(1, SIZE))
         writer.close()
         assert self.open(tmp_path).read("a", 0, SIZE) == block(1, SIZE)
 
@@ -124,12 +124,12 @@ class LocalWriterContract(WriterContract):
         writer.create("a", SIZE)
         writer.write("a", 0, block(1, SIZE))
         writer.close()
-        (tmp_path / "parts" / "a").rename(tmp_path / "a")
+        (tmp_path / "parts" / "a.partial").rename(tmp_path / "a")
         again = self.open(tmp_path)
         assert again.read("a", 0, SIZE) == block(1, SIZE)
         again.write("a", BLOCK_BYTES, block(2, 4096))
         assert (tmp_path / "a").read_bytes()[BLOCK_BYTES : BLOCK_BYTES + 4096] == bytes(block(2, 4096))
-        assert not (tmp_path / "parts" / "a").exists()
+        assert not (tmp_path / "parts" / "a.partial").exists()
 
     def test_nothing_is_written_once_the_fence_is_up(self, tmp_path: Path, writer: LocalWriter) -> None:
         def lost() -> None:

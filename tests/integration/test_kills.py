@@ -227,7 +227,7 @@ def test_what_a_kill_left_is_read_again_and_not_believed(merges: Merges) -> None
     merged = [result.unit for result in read_journals(merges.run).merged]
     journal.write_bytes(b"".join(lines) + lines[-1][: len(lines[-1]) // 2])  # the tail of a line that was being written
     damaged = merged[1]
-    with open(merges.run / "parts" / damaged.shard, "r+b") as part:
+    with open(merges.run / "parts" / f"{damaged.shard}.partial", "r+b") as part:
         part.seek((damaged.start + damaged.stop) // 2)
         part.write(b"not what was merged")
     assert merges.finished()["resumed_units"] == len(merged) - 1

@@ -107,7 +107,7 @@ class Model:
         folder.parts.mkdir(parents=True)
         for shard in self.layout.shards:
             filled = shard.header.ljust(shard.size, self.fingerprint[:1].encode())
-            (folder.parts / shard.name).write_bytes(filled)
+            folder.partial(shard.name).write_bytes(filled)
         return folder
 
     def publish(self, folder: OutFolder, check: Callable[[], None] = lambda: None) -> None:
@@ -240,7 +240,7 @@ def test_nothing_of_an_abandoned_half_published_model_stays(tmp_path: Path, monk
 
 def test_publishing_without_all_shards_touches_nothing(tmp_path: Path) -> None:
     folder, model, versions = setting(tmp_path, 2, 3)
-    (folder.parts / "model-00002-of-00003.safetensors").unlink()
+    folder.partial("model-00002-of-00003.safetensors").unlink()
     with pytest.raises(OutputError, match=r"model-00002-of-00003\.safetensors vanished from"):
         model.publish(folder)
     assert standing(folder.path, versions) == "old"
@@ -269,7 +269,7 @@ def test_a_damaged_model_does_not_count_as_finished(damage: str, tmp_path: Path)
 def test_where_a_shard_is_depends_on_whether_publishing_began(tmp_path: Path) -> None:
     folder, model, _ = setting(tmp_path, 3, 3)
     shard = model.layout.shards[0]
-    part, final = folder.parts / shard.name, folder.path / shard.name
+    part, final = folder.partial(shard.name), folder.path / shard.name
     assert folder.part(shard, publishing=False) == folder.part(shard, publishing=True) == part
     part.unlink()
     assert folder.part(shard, publishing=False) is None  # what has the final name is the old model's

@@ -441,7 +441,7 @@ def test_a_shard_damaged_after_publishing_began_is_merged_again(
     recipe, out = write_job(tmp_path, models, shards=3), tmp_path / "out"
     half_published(recipe, out, renamed=2)
     name = f"model-{shard:05d}-of-00003.safetensors"
-    file = out / name if shard == 1 else next(out.glob(f".ties_dist/*/parts/{name}"))
+    file = out / name if shard == 1 else next(out.glob(f".ties_dist/*/parts/{name}.partial"))
     if damage == "missing":
         file.unlink()
     elif damage == "short":

@@ -160,6 +160,11 @@ def is_network(path: Path) -> bool:
     return bool(mounts) and max(mounts, key=lambda p: len(p.mountpoint)).fstype.lower().startswith(NETWORK)
 
 
+def partial_name(name: str) -> str:
+    """What a file is called until it is whole: a pre-laid-out shard of zeros is a valid one, and must not look it."""
+    return f"{name}.partial"
+
+
 @dataclass
 class LocalWriter:
     """Ranges of pre-laid-out files in one folder; `final` is where a file is once publishing has renamed it.
@@ -178,7 +183,7 @@ class LocalWriter:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def create(self, name: str, size: int) -> None:
-        path = self.root / name
+        path = self.root / partial_name(name)
         try:
             if not path.exists() or path.stat().st_size != size:
                 with open(path, "wb") as file:
@@ -261,7 +266,7 @@ class LocalWriter:
             return self._files[name]
 
     def _path(self, name: str) -> Path:
-        path = self.root / name
+        path = self.root / partial_name(name)
         return self.final / name if self.final is not None and not path.exists() else path
 
 
