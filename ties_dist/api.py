@@ -22,7 +22,7 @@ from ties_dist.kernels.merge import KernelKind
 from ties_dist.layout import ITEM_BYTES
 from ties_dist.methods import METHODS
 from ties_dist.passes import Forgetful, Passes
-from ties_dist.plan import MergePlan
+from ties_dist.planning import MergePlan
 from ties_dist.prepare import Job, Resources, assemble, prepare
 from ties_dist.progress import LogProgress, Progress
 from ties_dist.recipe import load_recipe
@@ -53,7 +53,7 @@ def merge(
     device: Device = "auto",
     read_backend: Backend = "auto",
     max_shard_size: int | None = None,
-    cache_dir: Path | None = None,
+    cache_dir: Path | str | None = None,
     kernel: KernelKind = "auto",
     fresh: bool = False,
     overwrite: bool = False,
@@ -85,7 +85,7 @@ def merge(
         Path(out),
         executor=LocalExecutor(resources.thread_count, stop),
         progress=progress or LogProgress(),
-        store=StatisticsStore(cache_folder(cache_dir)),
+        store=StatisticsStore(cache_folder(Path(cache_dir) if cache_dir is not None else None)),
         fresh=fresh,
         overwrite=overwrite,
         wait=wait,
@@ -186,8 +186,8 @@ def plan(
 def _passes(chosen: MergePlan) -> tuple[int, int]:
     """Reads of the inputs, best and worst: cached statistics save the scan, a wrong guess adds a read.
 
-    Ties that are cut are counted in another one, a wrong prediction on 16-bit models is merged once more, and units with
-    exact cancellations are read again where the majority sign was not what they assumed.
+    Ties that are cut are counted in another one, a wrong prediction on 16-bit models is merged once more, and units
+    with exact cancellations are read again where the majority sign was not what they assumed.
     """
     rule = chosen.method.trim
     if rule is None:
@@ -283,6 +283,8 @@ def merge_state_dicts(
     """
     names = [f"memory/expert-{i}" for i in range(len(experts))]
     given = expert_parameters or [{}] * len(experts)
+    if len(given) != len(experts):
+        raise RecipeError(f"expert_parameters has {len(given)} entries for {len(experts)} experts; give one each.")
     block = dict(options) | ({"elect_from": "memory/elect-from"} if elect_from is not None else {})
     document: dict[str, object] = {
         "merge_method": method,

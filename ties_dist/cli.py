@@ -62,15 +62,25 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 RESOURCES = _options(
     click.option("--semantics", metavar="S", help="Preset of the ties_dist: block: paper, mergekit or peft."),
     click.option("--threads", type=click.IntRange(min=1), help="Compute threads.  [default: all cores]"),
-    click.option("--memory-budget", type=SIZE, default="2GiB", show_default=True, help="Per worker process."),
+    click.option(
+        "--memory-budget",
+        type=SIZE,
+        default="2GiB",
+        show_default=True,
+        help="For buffers, per worker process; Python and torch need about 0.5GiB more.",
+    ),
     click.option("--unit-size", type=SIZE, help="Output bytes of a unit of work.  [default: 8MiB, or what fits]"),
-    click.option("--read-backend", type=click.Choice(["auto", "mmap", "pread"]), default="auto", show_default=True),
-    click.option("--max-shard-size", type=SIZE, help="Cut the output anew.  [default: as the base is]"),
+    click.option(
+        "--read-backend", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How inputs are read."
+    ),
+    click.option(
+        "--max-shard-size", type=SIZE, help="Largest output shard; no tensor is split.  [default: as the base]"
+    ),
 )
 TALK = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."),
-    click.option("-v", "--verbose", count=True, help="Say more."),
-    click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors."),
+    click.option("-v", "--verbose", count=True, help="Say more: kept shares of every tensor."),
+    click.option("-q", "--quiet", is_flag=True, help="No notes and no progress; of merge no summary either."),
 )
 
 
@@ -84,10 +94,15 @@ def cli() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @RESOURCES
-@click.option("--executor", type=click.Choice(["auto", "local", "ray"]), default="auto", show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--kernel", type=click.Choice(["auto", "compiled", "eager"]), default="auto", show_default=True)
-@click.option("--threshold-pass", type=click.Choice(["auto", "speculate", "scan"]), default="auto", show_default=True)
+@click.option("--executor", type=click.Choice(["auto", "local", "ray"]), default="auto", help="ray: not supported yet.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="cuda: not supported yet.")
+@click.option("--kernel", type=click.Choice(["auto", "compiled", "eager"]), default="auto", help="Same bytes.")
+@click.option(
+    "--threshold-pass",
+    type=click.Choice(["auto", "speculate", "scan"]),
+    default="auto",
+    help="Scan for thresholds, or predict and prove them; same bytes.",
+)
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Statistics store.  [default: the user's cache]")
 @click.option("--fresh", is_flag=True, help="Discard an unfinished merge in OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace the finished model of another merge in OUT.")
@@ -105,7 +120,7 @@ def merge_command(recipe: Path, out: Path, as_json: bool, verbose: int, quiet: b
     if as_json:
         click.echo(report.to_json())
     elif not quiet:
-        merge_table(report, out)
+        merge_table(report, out, tensors=bool(verbose))
 
 
 @cli.command("plan")

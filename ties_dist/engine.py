@@ -172,6 +172,7 @@ def _merge(
         "max_shard_bytes": job.max_shard_bytes,
         "thresholds": pack(passes.model_cuts),
         "majority": report.majority_sign,
+        "stamps": job.stamps,
     }
     publish(folder, job.plan.layout, blocks, report, companions, origin, keeper.lock.check)
     return report

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ties_dist.plan import Unit, digest
+from ties_dist.planning import Unit, digest
 from ties_dist.storage.local import output_error, sync_folder
 from ties_dist.threshold import Cuts, ModelCut, TensorCut, Threshold
 from ties_dist.work import MergeResult

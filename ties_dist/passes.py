@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ties_dist.errors import NumericError, ProofError, listing
 from ties_dist.executors.base import Executor
-from ties_dist.plan import MergePlan, Unit
+from ties_dist.planning import MergePlan, Unit
 from ties_dist.progress import Progress, phase
 from ties_dist.scan import NOTHING_PUBLISHED, Scan
 from ties_dist.statistics import StatisticsStore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ties_dist.layout import TensorSpec, lay_out
 from ties_dist.methods import METHODS
 from ties_dist.methods.base import Method
 from ties_dist.models import Location, fetch
-from ties_dist.plan import (
+from ties_dist.planning import (
     Input,
     MergePlan,
     Source,
@@ -83,10 +84,18 @@ def prepare(
 ) -> Job:
     """Read a recipe and all headers. fetch: finds a model. Raises RecipeError, CheckpointError, PlanError."""
     resources = resources or Resources()
+    _allow_many_files()
     chosen = load_recipe(recipe, methods=METHODS, semantics=semantics, fetch=fetch)
     references = models_of(chosen)
     opened, identities = _open_all(references, resources.backend)
     return assemble(chosen, opened, identities, resources, max_shard_bytes)
+
+
+def _allow_many_files() -> None:
+    """Every shard of every model stays open: 8 models of 90 shards exceed the usual soft limit of 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def models_of(recipe: Recipe) -> list[ModelReference]:

@@ -57,6 +57,10 @@ class OutFolder:
         for model in (p.resolve() for p in inputs):
             if target == model or (model.is_dir() and model in target.parents):
                 raise OutputError(f"OUT {self.path} lies inside the input {model}. Choose a folder of its own.")
+            if model.is_file() and target == model.parent:
+                raise OutputError(f"the input {model} lies in OUT {self.path}. Choose a folder of its own.")
+        if self.path.is_symlink() and not self.path.exists():
+            raise OutputError(f"OUT {self.path} is a broken link. Choose a folder.")
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"OUT {self.path} is a file. Choose a folder.")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.state.is_dir():
@@ -85,6 +89,29 @@ class OutFolder:
 
     def partial(self, shard: str) -> Path:
         return self.parts / partial_name(shard)
+
+    def _manifest(self) -> dict[str, object]:
+        """The manifest of the model that stands here; empty where there is none, or none that can be read."""
+        try:
+            found = json.loads((self.state / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def stamps(self) -> object:
+        """Sizes and times of the inputs that the model here was merged from."""
+        origin = self._manifest().get("origin")
+        return origin.get("stamps") if isinstance(origin, dict) else None
+
+    def companions(self) -> set[str]:
+        """Files that the model here brought along. Nothing but the names that we give is believed."""
+        listed = self._manifest().get("companions")
+        ours = rf"{COMPANIONS}|{re.escape(CARD)}|{re.escape(RECIPE_COPY)}"
+        return (
+            {n for n in listed if isinstance(n, str) and "/" not in n and re.fullmatch(ours, n)}
+            if isinstance(listed, list)
+            else set()
+        )
 
     def holds_model(self) -> bool:
         return any(self.path.glob("*.safetensors")) or (self.path / INDEX_NAME).exists()
@@ -146,17 +173,14 @@ def publish(
 
 def _remove_old(out: OutFolder, keep: set[str], companions: set[str], check: Callable[[], None]) -> None:
     """Remove what an older model left: its index first, so that it is no model from the first moment on."""
+    stale = out.companions() - companions
     check()
     (out.path / INDEX_NAME).unlink(missing_ok=True)
     for path in [*out.path.glob("*.safetensors.index.json"), *out.path.glob("*.safetensors")]:
         if path.name not in keep:
             check()
             path.unlink(missing_ok=True)
-    try:
-        old = json.loads((out.state / "manifest.json").read_text())["companions"]
-    except (OSError, ValueError, KeyError):
-        old = []
-    for name in set(old) - companions:
+    for name in stale:
         check()
         (out.path / name).unlink(missing_ok=True)
     sync_folder(out.path)
@@ -171,7 +195,8 @@ def companion_files(base: Path, recipe: Recipe, card: str) -> dict[str, bytes]:
                 files[path.name] = path.read_bytes()
     if recipe.output_dtype is not None and "config.json" in files:
         files["config.json"] = with_dtype(files["config.json"], recipe.output_dtype)
-    files[RECIPE_COPY] = recipe.to_yaml().encode()
+    note = "# The resolved recipe. Model paths are as they were written: relative to the folder of the original.\n"
+    files[RECIPE_COPY] = (note + recipe.to_yaml()).encode()
     files[CARD] = card.encode()
     return files
 
@@ -193,8 +218,9 @@ def model_card(recipe: Recipe, report: MergeReport) -> str:
         lines += ["| expert | weight | density | kept | threshold |", "|---|---|---|---|---|"]
         for e in report.experts:
             threshold = "per tensor" if e.threshold is None else f"{e.threshold:.6g}"
+            weight = "varies" if e.weight is None else f"{e.weight:g}"
             density = "varies" if e.density is None else f"{e.density:g}"
-            lines.append(f"| {e.name} | {e.weight} | {density} | {e.kept_fraction or 0:.2%} | {threshold} |")
+            lines.append(f"| {e.name} | {weight} | {density} | {e.kept_fraction or 0:.2%} | {threshold} |")
         lines.append("")
     lines += ["## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     lines += [f"Output digest `{report.output_digest}`.", ""]
@@ -203,4 +229,5 @@ def model_card(recipe: Recipe, report: MergeReport) -> str:
 
 def _public_name(model: ModelReference) -> str:
     """The hub id where there is one, else the folder's name: no path of this machine."""
-    return model.text.partition("@")[0] if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", model.text) else model.name
+    from_hub = any(part.startswith("models--") for part in model.path.parts)  # the hub's cache
+    return model.text.partition("@")[0] if from_hub else model.name

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ties_dist.errors import CheckpointError, OutputError, PlanError, listing
 from ties_dist.layout import Layout
-from ties_dist.plan import readable
+from ties_dist.planning import readable
 from ties_dist.prepare import Job
 from ties_dist.publish import OutFolder
 from ties_dist.report import MergeReport
@@ -28,21 +28,25 @@ def claim(out: OutFolder, job: Job, *, fresh: bool, overwrite: bool) -> MergeRep
     """
     done = out.finished()
     if done is not None and done.fingerprint == out.fingerprint and not (fresh and overwrite):
+        if changed := _changed(job, out.stamps()):
+            raise CheckpointError(
+                listing(
+                    f"OUT {out.path} holds this merge, made before these inputs were written again:",
+                    changed,
+                    "Merge again with --fresh --overwrite, or keep it as it is.",
+                )
+            )
         shutil.rmtree(out.run, ignore_errors=True)  # left by a kill between the commit point and the tidying
         return replace(done, already_done=True)
+    if (others := out.other_runs()) and not fresh:
+        raise _unfinished(out, job, others[0])
+    what = "the finished model of another merge (other recipe, inputs or --max-shard-size)"
+    if not overwrite and (done is not None or (out.holds_model() and not out.run.exists())):
+        what = what if done else "model files that no finished merge left"
+        raise OutputError(f"OUT {out.path} holds {what}. Choose another OUT, or replace it with --overwrite.")
     if fresh:
         for name in (*out.other_runs(), out.fingerprint):
             shutil.rmtree(out.state / name, ignore_errors=True)
-    if (others := out.other_runs()) and not fresh:
-        raise _unfinished(out, job, others[0])
-    if out.holds_model() and not overwrite and not out.run.exists():
-        what = "the finished model of another merge" if done else "model files that no finished merge left"
-        raise OutputError(f"OUT {out.path} holds {what}. Choose another OUT, or replace it with --overwrite.")
-    if done is not None and not overwrite:
-        raise OutputError(
-            f"OUT {out.path} holds the finished model of another merge. Choose another OUT, or replace it with "
-            "--overwrite."
-        )
     _check_stamps(out, job)
     try:
         out.parts.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,8 @@ def _read(run: Path) -> Mapping[str, object]:
 
 def _changed(job: Job, stamps: object) -> list[str]:
     """Input files whose size or time is not what an interrupted run saw."""
-    before = {name: tuple(stamp) for name, stamp in stamps.items()} if isinstance(stamps, dict) else {}
+    known = stamps.items() if isinstance(stamps, dict) else ()
+    before = {name: tuple(stamp) for name, stamp in known if isinstance(stamp, list)}
     return sorted(name for name, stamp in job.stamps.items() if name in before and before[name] != stamp)
 
 

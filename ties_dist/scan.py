@@ -21,7 +21,7 @@ import numpy as np
 
 from ties_dist.errors import NumericError, listing
 from ties_dist.executors.base import Executor, Ledger
-from ties_dist.plan import MergePlan, Unit
+from ties_dist.planning import MergePlan, Unit
 from ties_dist.progress import Progress, phase
 from ties_dist.statistics import StatisticsStore
 from ties_dist.storage.local import write_durably

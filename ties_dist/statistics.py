@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ties_dist.plan import MergePlan, digest
+from ties_dist.planning import MergePlan, digest
 from ties_dist.threshold import (
     COARSE_BUCKETS,
     FINE_BUCKETS,
@@ -80,7 +80,13 @@ class StatisticsStore:
             return None
         known = Counted(coarse, dict(zip(buckets, fine, strict=False)))
         shaped = coarse.shape == (COARSE_BUCKETS,) and fine.shape == (len(buckets), FINE_BUCKETS)
-        if not shaped or coarse.sum() != elements or any(f.sum() != coarse[b] for b, f in known.fine.items()):
+        placed = all(0 <= b < COARSE_BUCKETS for b in buckets)
+        if (
+            not shaped
+            or not placed
+            or coarse.sum() != elements
+            or any(f.sum() != coarse[b] for b, f in known.fine.items())
+        ):
             logger.warning("statistics cache entry %s does not add up: counting again", key)
             return None
         return known

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ties_dist.plan import MergePlan, digest
+from ties_dist.planning import MergePlan, digest
 from ties_dist.prepare import Job
 from ties_dist.report import ExpertReport, MergeReport
 from ties_dist.threshold import Cuts, ModelCut, proves
@@ -55,23 +55,25 @@ class Totals:
         if rule is None:
             return []
         problems = []
+        cut = rule.tie_policy == "exact_k"
         if rule.scope == "model":
-            for i, (above, equal) in enumerate(
-                zip(*(self.per_expert(n, len(model)) for n in ("above", "equal")), strict=True)
-            ):
+            counted = [self.per_expert(name, len(model)) for name in ("above", "equal", "kept")]
+            for i, (above, equal, kept) in enumerate(zip(*counted, strict=True)):
                 rank = rule.rank(plan.elements, plan.density(i)) if plan.elements else None
-                if rank and not proves(rank, above, equal):
+                if rank and not (proves(rank, above, equal) and (kept == rank or not cut)):
                     problems.append(
-                        f"expert '{plan.experts[i].name}': {above:,} entries above {model[i].threshold.value:g} and "
-                        f"{equal:,} equal to it do not make it the {rank:,}-th largest"
+                        f"expert '{plan.experts[i].name}': {above:,} entries above {model[i].threshold.value:g}, "
+                        f"{equal:,} equal to it and {kept:,} kept do not make it the {rank:,}-th largest"
                     )
             return problems
         for tensor, counts in self.tensors.items():
             for i, numbers in enumerate(plan.numbers[tensor].experts):
                 rank = rule.rank(plan.sizes[tensor], numbers["density"])
-                over, at = (int(counts[self.names[f"{name}[{i}]"]]) for name in ("above", "equal"))
-                if rank and not proves(rank, over, at):
-                    problems.append(f"{tensor}: {over:,} entries of expert {i} above the threshold, {at:,} at it")
+                over, at, kept = (int(counts[self.names[f"{name}[{i}]"]]) for name in ("above", "equal", "kept"))
+                if rank and not (proves(rank, over, at) and (kept == rank or not cut)):
+                    problems.append(
+                        f"{tensor}: {over:,} entries of expert {i} above the threshold, {at:,} at it, {kept:,} kept"
+                    )
         return problems
 
     def nonfinite(self, plan: MergePlan) -> list[str]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ties_dist.checkpoint import Checkpoint
-from ties_dist.plan import readable
+from ties_dist.planning import readable
 from ties_dist.report import MergeReport, tie_warning
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
-def merge_table(report: MergeReport, out: Path) -> None:
+def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> None:
     """Leads with density asked against share kept: ties make them differ (semantics.md)."""
     console = _console()
     if report.already_done:
@@ -80,6 +81,13 @@ def merge_table(report: MergeReport, out: Path) -> None:
         console.print(table)
         for line in tie_warning(report):
             console.print(line, soft_wrap=True)
+    if tensors and report.tensors:
+        detail = Table("tensor", "kept, per expert", "sign conflicts")
+        for name, shares in report.tensors.items():
+            kept = shares["kept_fraction"]
+            listed = ", ".join(f"{k:.1%}" for k in kept) if isinstance(kept, list) else f"{kept:.1%}"
+            detail.add_row(escape(name), listed, f"{shares['conflict_fraction']:.1%}")
+        console.print(detail)
     rate = (report.bytes_read + report.bytes_written) / max(report.elapsed_seconds, 1e-9)
     lines = [
         f"{report.method}{f' ({report.semantics})' if report.method == 'ties' else ''}: {report.elements:,} elements, "

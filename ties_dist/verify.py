@@ -16,7 +16,7 @@ from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDist
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.journal import unpack
 from ties_dist.passes import Forgetful, Passes
-from ties_dist.plan import Unit, readable
+from ties_dist.planning import Unit, readable
 from ties_dist.prepare import Job, Resources, prepare
 from ties_dist.progress import Progress, phase
 from ties_dist.publish import RECIPE_COPY, STATE
@@ -192,4 +192,6 @@ def summary(report: VerifyReport) -> str:
     said = f"{report.blocks:,} blocks ({readable(report.bytes_read)}) are what was written"
     if report.skipped is not None:
         return f"{said}; no sample was merged again: {report.skipped}"
+    if not report.remerged_units:
+        return f"{said}; no sample was merged again."
     return f"{said}; {report.remerged_units} of {report.units} units merged again: the same bytes."

@@ -22,7 +22,7 @@ from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equa
 from ties_dist.kernels.merge import SMALL_SLICE, KernelKind, MergeKernel
 from ties_dist.layout import ITEM_BYTES, Segment
 from ties_dist.methods.base import Cut, State
-from ties_dist.plan import Input, MergePlan, Unit, digest
+from ties_dist.planning import Input, MergePlan, Unit, digest
 from ties_dist.storage.base import BLOCK_BYTES, Reader, Span, Writer
 from ties_dist.storage.buffers import Buffers
 from ties_dist.threshold import (

@@ -100,7 +100,7 @@ def make_experts(tasks: tuple[Task, ...]) -> dict[str, Head]:
 
 def merge(name: str) -> None:
     recipe, out = shown(HERE / f"{name}.yml"), shown(BUILD / name)
-    command = ["merge", str(recipe), str(out), "--overwrite"]
+    command = ["merge", str(recipe), str(out), "--overwrite", "--cache-dir", "build/demo/cache"]
     print(f"\n$ ties-dist {' '.join(command)}", flush=True)
     subprocess.run([sys.executable, "-m", "ties_dist", *command], check=True)
 

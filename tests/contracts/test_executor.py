@@ -25,7 +25,7 @@ from ties_dist import engine
 from ties_dist.errors import StoppedError
 from ties_dist.executors.base import Executor, Fold, Ledger
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.plan import UNITS_IN_FLIGHT, Unit
+from ties_dist.planning import UNITS_IN_FLIGHT, Unit
 from ties_dist.prepare import Resources, prepare
 from ties_dist.progress import LogProgress
 from ties_dist.threshold import Histogram, Window

@@ -30,7 +30,7 @@ def test_methods_know_nothing_of_files_or_recipes() -> None:
 
 
 def test_layout_and_plan_open_no_file() -> None:
-    for name in ("layout.py", "plan.py"):
+    for name in ("layout.py", "planning.py"):
         tree = ast.parse((PACKAGE / name).read_text())
         called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         assert "open" not in called
@@ -40,7 +40,7 @@ def test_layout_and_plan_open_no_file() -> None:
 LAYERS = [
     {"errors", "parameter", "document", "settings", "models", "options", "dialect", "recipe"},
     {"checkpoint", "congruence", "methods", "storage", "threshold", "kernels"},
-    {"layout", "plan", "work"},
+    {"layout", "planning", "work"},
     {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"},
     {"scan", "passes", "engine", "verify"},
     {"api", "tables", "cli", "__main__", "__init__"},

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ties_dist.errors import OutputError
 from ties_dist.journal import Journal, Record, pack, read_journals, unpack
-from ties_dist.plan import Unit
+from ties_dist.planning import Unit
 from ties_dist.threshold import KEEP_ALL, KEEP_NONE, ModelCut, TensorCut, Threshold
 from ties_dist.work import MergeResult, MergeTask
 

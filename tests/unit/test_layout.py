@@ -12,7 +12,7 @@ from safetensors import safe_open
 from ties_dist.errors import PlanError
 from ties_dist.layout import INDEX_NAME, TensorSpec, lay_out
 from ties_dist.methods import Linear, Ties
-from ties_dist.plan import cut, fit_unit_bytes, gaps, readable
+from ties_dist.planning import cut, fit_unit_bytes, gaps, readable
 from ties_dist.storage.base import BLOCK_BYTES
 
 

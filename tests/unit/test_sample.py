@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ties_dist.plan import MergePlan
+from ties_dist.planning import MergePlan
 from ties_dist.scan import SAMPLE_ELEMENTS, SAMPLE_SLICES, sample_slices
 
 

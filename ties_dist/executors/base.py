@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from ties_dist.plan import Unit
+from ties_dist.planning import Unit
 from ties_dist.work import MergeResult, MergeStep, MergeTask, Observation
 
 Item = TypeVar("Item")

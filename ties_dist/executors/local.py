@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ties_dist.errors import StoppedError
 from ties_dist.executors.base import Call, Fold, Item, Result
-from ties_dist.plan import Unit
+from ties_dist.planning import Unit
 from ties_dist.work import Loaded, MergeResult, MergeStep, MergeTask, Observation
 
 READ_AHEAD = 2
