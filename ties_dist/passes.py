@@ -197,7 +197,9 @@ class Passes:
         if self.plan.method.asks_majority:
             sign = self.totals.majority
             wrong = [r.unit for r in self.results.values() if r.dependent and r.majority != sign]
-            self._redo(wrong, majority=sign, reason=f"exact cancellations took the wrong sign (the majority's is {sign:+d})")
+            self._redo(
+                wrong, majority=sign, reason=f"exact cancellations took the wrong sign (the majority's is {sign:+d})"
+            )
 
     def prove(self) -> None:
         """Raises ProofError unless the entries counted above and at each threshold prove it (design.md, promise 2).
