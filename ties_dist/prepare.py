@@ -14,7 +14,7 @@ from pathlib import Path
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.congruence import EqualCheck, MergeSet, compare
 from ties_dist.errors import CheckpointError, RecipeError, listing
-from ties_dist.kernels.merge import COMPILE_FROM, KernelKind
+from ties_dist.kernels.merge import KernelKind, wants_compiler
 from ties_dist.layout import TensorSpec, lay_out
 from ties_dist.methods import METHODS
 from ties_dist.methods.base import Method
@@ -148,7 +148,7 @@ def assemble(
         operands=models if method.operand == "delta" else models[1:],
     )
     elements = sum(t.numel for t in specs if t.counted) * count
-    compiled = resources.kernel == "compiled" or (resources.kernel == "auto" and elements >= COMPILE_FROM)
+    compiled = wants_compiler(resources.kernel, elements)
     plan = MergePlan(
         method=method,
         layout=layout,

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ties_dist.errors import OutputError
 from ties_dist.layout import INDEX_NAME, Layout, OutputShard
@@ -78,7 +79,7 @@ class OutFolder:
         """The report of the finished model that stands here, whatever its recipe."""
         try:
             report = MergeReport.from_json((self.state / "report.json").read_text())
-            manifest = json.loads((self.state / "manifest.json").read_text())
+            manifest = self._manifest()
             shards = {name: shard["size"] for name, shard in manifest["shards"].items()}
             same = manifest["fingerprint"] == report.fingerprint
             whole = all((self.path / name).stat().st_size == size for name, size in shards.items())
@@ -90,7 +91,7 @@ class OutFolder:
     def partial(self, shard: str) -> Path:
         return self.parts / partial_name(shard)
 
-    def _manifest(self) -> dict[str, object]:
+    def _manifest(self) -> dict[str, Any]:
         """The manifest of the model that stands here; empty where there is none, or none that can be read."""
         try:
             found = json.loads((self.state / "manifest.json").read_text())

@@ -128,7 +128,7 @@ def _check_sample(
         raise CheckpointError(f"the inputs of {out} are not what they were when it was merged.")
     units = list(job.plan.units())
     chosen = random.sample(units, max(1, min(len(units), round(share * len(units)))))
-    passes = _passes(job, out)
+    passes = _passes(job, out, progress)
     if origin["thresholds"]:
         passes.find_thresholds(unpack(origin["thresholds"]))
     problems = []
@@ -161,17 +161,15 @@ def _place(out: Path, places: Mapping[str, str], text: str) -> str:
     return str((out / places[text]).resolve()) if text in places else text
 
 
-def _passes(job: Job, out: Path) -> Passes:
+def _passes(job: Job, out: Path, progress: Progress) -> Passes:
     """The passes of a merge whose results go nowhere."""
-    from ties_dist.progress import LogProgress
-
     return Passes(
         plan=job.plan,
         worker=Worker(job.plan, partial(open_reader, backend=job.resources.backend), "eager"),
         executor=LocalExecutor(job.plan.threads),
         writer=LocalWriter(out),
         keeper=Forgetful(),
-        progress=LogProgress(),
+        progress=progress,
     )
 
 

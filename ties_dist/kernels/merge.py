@@ -88,14 +88,19 @@ def count_beyond(values: Tensor, limit: float) -> Tensor:
     return count(~(values.abs() < limit))
 
 
+def wants_compiler(kind: KernelKind, operand_elements: int) -> bool:
+    """Whether a merge of so many operand elements is to be compiled, where there is a compiler."""
+    return kind == "compiled" or (kind == "auto" and operand_elements >= COMPILE_FROM)
+
+
 class MergeKernel:
     """Callable for all slices of one merge. `kind` is what runs: 'compiled' or 'eager'."""
 
     def __init__(self, method: Method, kind: KernelKind, *, operand_elements: int) -> None:
         self._method = method
         self._fused: dict[torch.dtype, tuple[Fused, Fused]] = {}
-        wanted = kind == "compiled" or (kind == "auto" and operand_elements >= COMPILE_FROM)
-        self.kind: Literal["compiled", "eager"] = "compiled" if wanted and has_compiler() else "eager"
+        compiled = wants_compiler(kind, operand_elements) and has_compiler()
+        self.kind: Literal["compiled", "eager"] = "compiled" if compiled else "eager"
 
     def warm_up(
         self,
