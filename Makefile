@@ -8,7 +8,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 # torch's OpenMP threads spin while they wait; on a busy machine that makes a fine-tuning step 5 to 8 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check drill bench clean
+.PHONY: demo test check drill drill-ray simulate bench clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart/run.py
@@ -25,6 +25,14 @@ check: .venv/installed
 # 100 merges, each killed several times at random moments; about 15 minutes.
 drill: .venv/installed
 	$(BIN)/python -m tests.drills.kill_drill --runs 100 --report
+
+# 100,000 schedules of dying workers, drivers and disks under a fake clock; about 40 minutes on two cores.
+simulate: .venv/installed
+	$(BIN)/python -m tests.simulation.run --schedules 100000 --report
+
+# 200 merges on a Ray cluster of this machine, whose workers, nodes and drivers fail at random; about 20 minutes.
+drill-ray: .venv/installed
+	$(BIN)/python -m tests.drills.ray_drill --runs 200 --report
 
 # Against mergekit on TinyLlama-1.1B shapes, with the ceiling measured in the same run; needs 14 GB of disk.
 bench: .venv/installed .venv-mergekit/installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,38 +67,42 @@ def random_models(
     return models
 
 
+def write_job(
+    root: Path,
+    models: Sequence[Mapping[str, Tensor]],
+    *,
+    shards: int = 1,
+    method: str = "ties",
+    parameters: Mapping[str, object] | None = None,
+    expert_parameters: Sequence[Mapping[str, object]] | None = None,
+    options: Mapping[str, object] | None = None,
+    config: Mapping[str, object] | None = None,
+    **top: object,
+) -> Path:
+    """Writes base, experts and a recipe; returns the recipe's path."""
+    write_checkpoint(root / "base", models[0], shards=shards, config=config)
+    given = expert_parameters or [{}] * (len(models) - 1)
+    listed = []
+    for i, (model, own) in enumerate(zip(models[1:], given, strict=True)):
+        write_checkpoint(root / f"expert-{i}", model, shards=shards, config=config)
+        listed.append({"model": f"expert-{i}", "parameters": dict(own)})
+    recipe: dict[str, object] = {"merge_method": method, "base_model": "base", "models": listed, **top}
+    recipe["parameters"] = dict(parameters or ({"density": 0.2} if method == "ties" else {}))
+    if options:
+        recipe["ties_dist"] = dict(options)
+    path = root / "recipe.yml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
 @pytest.fixture
 def merge_job(tmp_path: Path) -> Checkpoints:
-    """Writes base, experts and a recipe; returns the recipe's path.
+    """`write_job` into this test's folder, or another.
 
     Call: merge_job(models, shards=1, method="ties", parameters={...}, expert_parameters=[...], options={...}, **top).
     """
 
-    def write(
-        models: Sequence[Mapping[str, Tensor]],
-        *,
-        shards: int = 1,
-        method: str = "ties",
-        parameters: Mapping[str, object] | None = None,
-        expert_parameters: Sequence[Mapping[str, object]] | None = None,
-        options: Mapping[str, object] | None = None,
-        config: Mapping[str, object] | None = None,
-        folder: Path | None = None,
-        **top: object,
-    ) -> Path:
-        root = folder or tmp_path
-        write_checkpoint(root / "base", models[0], shards=shards, config=config)
-        given = expert_parameters or [{}] * (len(models) - 1)
-        listed = []
-        for i, (model, own) in enumerate(zip(models[1:], given, strict=True)):
-            write_checkpoint(root / f"expert-{i}", model, shards=shards, config=config)
-            listed.append({"model": f"expert-{i}", "parameters": dict(own)})
-        recipe: dict[str, object] = {"merge_method": method, "base_model": "base", "models": listed, **top}
-        recipe["parameters"] = dict(parameters or ({"density": 0.2} if method == "ties" else {}))
-        if options:
-            recipe["ties_dist"] = dict(options)
-        path = root / "recipe.yml"
-        path.write_text(json.dumps(recipe))  # JSON is YAML
-        return path
+    def write(models: Sequence[Mapping[str, Tensor]], *, folder: Path | None = None, **options: Any) -> Path:
+        return write_job(folder or tmp_path, models, **options)
 
     return write

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ties_dist.errors import (
     CheckpointError,
+    ClusterError,
     DamageError,
     LockedError,
     NumericError,
@@ -21,18 +22,24 @@ from ties_dist.errors import (
     RecipeError,
     StoppedError,
     TiesDistError,
+    UnitError,
 )
 
 if TYPE_CHECKING:
-    from ties_dist.api import PlanReport, merge, merge_state_dicts, plan
+    from ties_dist.api import PlanReport, merge, plan
+    from ties_dist.executors.base import Cluster
     from ties_dist.recipe import Recipe, load_recipe
     from ties_dist.report import MergeReport
+    from ties_dist.state_dicts import merge_state_dicts
+    from ties_dist.sweeping import sweep
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Cluster": "executors.base",
     "merge": "api",
-    "merge_state_dicts": "api",
+    "merge_state_dicts": "state_dicts",
+    "sweep": "sweeping",
     "plan": "api",
     "PlanReport": "api",
     "MergeReport": "report",
@@ -42,6 +49,8 @@ _WHERE = {
 
 __all__ = [
     "CheckpointError",
+    "Cluster",
+    "ClusterError",
     "DamageError",
     "LockedError",
     "MergeReport",
@@ -54,10 +63,12 @@ __all__ = [
     "RecipeError",
     "StoppedError",
     "TiesDistError",
+    "UnitError",
     "load_recipe",
     "merge",
     "merge_state_dicts",
     "plan",
+    "sweep",
 ]
 
 

@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,70 +24,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ties_dist.errors import StoppedError, TiesDistError
+from ties_dist.switches import CLUSTER, RESOURCES, RUN, SIZE, TALK
 
 if TYPE_CHECKING:
     from ties_dist.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 SIGINT_STATUS = 130
-
-
-class Size(click.ParamType[int]):
-    """Bytes, as `2GiB`, `500MB` or a plain number."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from pydantic import ByteSize, TypeAdapter, ValidationError
-
-        try:
-            size = int(TypeAdapter(ByteSize).validate_python(value))
-        except ValidationError:
-            self.fail(f"'{value}' is not a size; write it like 2GiB or 500MiB.", param, ctx)
-        if size <= 0:
-            self.fail(f"'{value}' is not a positive size.", param, ctx)
-        return size
-
-
-SIZE = Size()
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-RESOURCES = _options(
-    click.option("--semantics", metavar="S", help="Preset of the ties_dist: block: paper, mergekit or peft."),
-    click.option("--threads", type=click.IntRange(min=1), help="Compute threads.  [default: all cores]"),
-    click.option(
-        "--memory-budget",
-        type=SIZE,
-        default="2GiB",
-        show_default=True,
-        help="For buffers, per worker process; Python and torch need about 0.5GiB more.",
-    ),
-    click.option("--unit-size", type=SIZE, help="Output bytes of a unit of work.  [default: 8MiB, or what fits]"),
-    click.option(
-        "--read-backend", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How inputs are read."
-    ),
-    click.option(
-        "--max-shard-size", type=SIZE, help="Largest output shard; no tensor is split.  [default: as the base]"
-    ),
-)
-TALK = _options(
-    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."),
-    click.option("-v", "--verbose", count=True, help="Say more: kept shares of every tensor."),
-    click.option("-q", "--quiet", is_flag=True, help="No notes and no progress; of merge no summary either."),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ties-dist", message="%(version)s")
-def cli() -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    envvar="TIES_DIST_LOG_FORMAT",
+    help="Of what is said on stderr; json: one object a line, for log collectors.  [default: text]",
+)
+def cli(log_format: str) -> None:
     """Merge fine-tuned checkpoints that do not fit in memory: exact, bounded, resumable."""
 
 
@@ -94,33 +51,150 @@ def cli() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @RESOURCES
-@click.option("--executor", type=click.Choice(["auto", "local", "ray"]), default="auto", help="ray: not supported yet.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="cuda: not supported yet.")
-@click.option("--kernel", type=click.Choice(["auto", "compiled", "eager"]), default="auto", help="Same bytes.")
+@CLUSTER
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="auto, cpu: no GPU; cuda: all NVIDIA GPUs; same bytes.  [default: auto]",
+)
 @click.option(
     "--threshold-pass",
     type=click.Choice(["auto", "speculate", "scan"]),
     default="auto",
-    help="Scan for thresholds, or predict and prove them; same bytes.",
+    help="Scan for thresholds, or predict and prove them; auto: predict where likely; same bytes.  [default: auto]",
 )
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Statistics store.  [default: the user's cache]")
-@click.option("--fresh", is_flag=True, help="Discard an unfinished merge in OUT.")
-@click.option("--overwrite", is_flag=True, help="Replace the finished model of another merge in OUT.")
-@click.option("--wait", is_flag=True, help="Wait for another run that is merging into OUT.")
-@click.option("--trust-journal", is_flag=True, help="Resume without reading finished ranges again.")
+@RUN
 @TALK
-def merge_command(recipe: Path, out: Path, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
+def merge_command(
+    recipe: Path,
+    out: Path,
+    address: str,
+    workers: int | None,
+    worker_timeout: float,
+    worker_resource: Sequence[tuple[str, float]],
+    node_label: Sequence[tuple[str, str]],
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Merge the models of RECIPE into the folder OUT; resumes an interrupted merge by itself."""
+    if options["executor"] != "ray" and (address != "auto" or workers or worker_resource or node_label):
+        raise click.UsageError("--address, --workers, --worker-resource and --node-label go with --executor ray.")
     _log(verbose, quiet)
     with _signals() as stop:
         from ties_dist.api import merge
+        from ties_dist.executors.base import Cluster
+
+        options["cluster"] = Cluster(
+            address=address,
+            workers=workers,
+            resources=dict(worker_resource),
+            labels=dict(node_label),
+            start_seconds=worker_timeout,
+        )
         from ties_dist.tables import merge_table
 
-        report = merge(recipe, out, stop=stop, progress=_progress(quiet), told=partial(_say, quiet), **options)
+        with redirect_stdout(sys.stderr):  # Ray prints what its nodes say
+            report = merge(recipe, out, stop=stop, progress=_progress(quiet), told=partial(_say, quiet), **options)
     if as_json:
         click.echo(report.to_json())
     elif not quiet:
         merge_table(report, out, tensors=bool(verbose))
+
+
+@cli.command("submit", context_settings={"ignore_unknown_options": True})
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("merge_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--address", required=True, metavar="URL", help="Of the cluster's dashboard: http://HEAD:8265.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    help="The folder on the cluster that RECIPE and OUT are relative to.  [default: the working directory here]",
+)
+@click.option("--wait", is_flag=True, help="Follow the log to the end; exit as the merge does.")
+def submit_command(
+    recipe: Path, out: Path, merge_options: tuple[str, ...], address: str, root: Path | None, wait: bool
+) -> None:
+    """Merge RECIPE into OUT on a Ray cluster, as a job of it. Options of `merge` may follow.
+
+    Who submits the same again is attached to the job that runs, or resumes where it ended.
+    """
+    _log(0, quiet=False)
+    # A misspelt option is found here, not in the log of a job.
+    with merge_command.make_context("merge", [str(recipe), str(out), *merge_options]) as parsed:
+        if (parsed.params["recipe"], parsed.params["out"]) != (recipe, out):
+            raise click.UsageError("RECIPE and OUT come first, options of `merge` after them.")
+        cache = parsed.params["cache_dir"]
+    place = Path.cwd() / (root or "")
+    if cache is not None:
+        merge_options = (*merge_options, "--cache-dir", str(place / cache))
+    from ties_dist.executors.ray import job_client
+    from ties_dist.submitting import entrypoint, follow, submit
+
+    client = job_client(address)
+    job = submit(client, entrypoint(recipe, out, place, merge_options), recipe=place / recipe)
+    click.echo(f"{'attached to' if job.attached else 'submitted'} {job.id}", err=True)
+    if wait:
+        sys.exit(follow(client, job.id, partial(click.echo, nl=False)))
+    click.echo(job.id)
+
+
+@cli.command("status")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def status_command(out: Path, as_json: bool) -> None:
+    """How far the merge into OUT is, running or not; from any machine that sees OUT."""
+    from ties_dist.status import describe, status
+
+    found = status(out)
+    click.echo(json.dumps(asdict(found), indent=2) if as_json else describe(found))
+
+
+@cli.command("sweep")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--density", metavar="VALUES", help="Like 0.1,0.2,0.3 or 0.1:0.3:0.1 (from:to:step).")
+@click.option("--lambda", "lam", metavar="VALUES", help="The same for lambda.")
+@RESOURCES
+@RUN
+@TALK
+def sweep_command(
+    recipe: Path,
+    out: Path,
+    density: str | None,
+    lam: str | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge RECIPE with every density and lambda, from one read of the inputs, into folders under OUT.
+
+    Each holds what its own merge would write. An interrupted sweep is resumed by the same command.
+    """
+    _log(verbose, quiet)
+    with _signals() as stop:
+        from ties_dist.sweeping import parse_values, sweep
+        from ties_dist.tables import sweep_table
+
+        done = sweep(
+            recipe,
+            out,
+            density=parse_values(density, "density") if density else (),
+            lam=parse_values(lam, "lambda") if lam else (),
+            stop=stop,
+            progress=_progress(quiet),
+            told=partial(_say, quiet),
+            **options,
+        )
+    if as_json:
+        documents = [{"out": str(s.path), "values": s.variant.values, "report": asdict(s.report)} for s in done]
+        click.echo(json.dumps(documents, indent=2))
+    elif not quiet:
+        sweep_table(done)
 
 
 @cli.command("plan")
@@ -145,12 +219,26 @@ def plan_command(recipe: Path, out: Path | None, as_json: bool, verbose: int, qu
 
 @cli.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--sample", type=click.FloatRange(0, 1), help="Share of units to merge again.  [default: 0.02]")
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1),
+    help="Share of units to merge again, 0 for none.  [default: 0.02, or 0 where the inputs are gone]",
+)
 @click.option("--sha256", is_flag=True, help="Print sha256 sums of the shards.")
-@click.option("--memory-budget", type=SIZE, default="2GiB", show_default=True)
+@click.option(
+    "--memory-budget", type=SIZE, default="2GiB", show_default=True, help="For the buffers of what is merged again."
+)
+@click.option("--allow-external-methods", is_flag=True, help="Merge the sample again also by code of other packages.")
 @TALK
 def verify_command(
-    out: Path, sample: float | None, sha256: bool, memory_budget: int, as_json: bool, verbose: int, quiet: bool
+    out: Path,
+    sample: float | None,
+    sha256: bool,
+    memory_budget: int,
+    allow_external_methods: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
 ) -> None:
     """Read OUT again and compare it with its manifest; merge a random sample again and compare."""
     _log(verbose, quiet)
@@ -158,13 +246,32 @@ def verify_command(
     from ties_dist.verify import summary, verify
 
     resources = Resources(memory_budget=memory_budget)
-    report = verify(out, sample=sample, sha256=sha256, progress=_progress(quiet), resources=resources)
+    report = verify(
+        out,
+        sample=sample,
+        sha256=sha256,
+        progress=_progress(quiet),
+        resources=resources,
+        allow_external_methods=allow_external_methods,
+    )
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:
         for name, value in report.sha256.items():
             click.echo(f"{value}  {name}")
         click.echo(summary(report))
+
+
+@cli.command("methods")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def methods_command(as_json: bool) -> None:
+    """Every merge method: its parameters, their defaults, and how often it reads the inputs."""
+    from ties_dist.tables import methods_document, methods_table
+
+    if as_json:
+        click.echo(json.dumps(methods_document(), indent=2))
+    else:
+        methods_table()
 
 
 @cli.command("inspect")
@@ -174,7 +281,7 @@ def inspect_command(checkpoint: Path, as_json: bool, verbose: int, quiet: bool) 
     """What a checkpoint holds, from its headers."""
     _log(verbose, quiet)
     from ties_dist.checkpoint import open_checkpoint
-    from ties_dist.storage.local import open_reader
+    from ties_dist.storage.readers import open_reader
     from ties_dist.tables import inspect_document, inspect_table
 
     found = open_checkpoint(checkpoint, name=checkpoint.name or str(checkpoint), reader=open_reader)
@@ -186,13 +293,41 @@ def inspect_command(checkpoint: Path, as_json: bool, verbose: int, quiet: bool) 
 
 def _say(quiet: bool, notes: Sequence[str]) -> None:
     for note in () if quiet else notes:
-        click.echo(f"note: {note}", err=True)
+        _tell(logging.INFO, f"note: {note}")
+
+
+def _tell(level: int, text: str) -> None:
+    """On stderr, in the form of the log."""
+    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
+        logger.log(level, "%s", text)
+    else:
+        click.echo(text, err=True)
 
 
 def _log(verbose: int, quiet: bool) -> None:
     level = logging.WARNING if quiet else logging.DEBUG if verbose > 1 else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_root().params.get("log_format") == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
     logging.getLogger("ties_dist").setLevel(level)
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time, level, where, message, and the numbers that a phase tells of itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "numbers", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -253,7 +388,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(SIGINT_STATUS)
     except TiesDistError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+        _tell(logging.ERROR, f"{type(error).__name__}: {error}")
         sys.exit(error.exit_status)
 
 

@@ -16,8 +16,9 @@ from difflib import get_close_matches
 from fnmatch import translate
 from typing import Final, Literal
 
-from ties_dist.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry, show
+from ties_dist.checkpoint import Checkpoint
 from ties_dist.errors import CheckpointError, listing
+from ties_dist.header import DTYPE_BITS, TensorEntry, show
 
 MERGEABLE: Final = frozenset({"F32", "F16", "BF16"})
 _FLOAT: Final = MERGEABLE | {"F64"}

@@ -27,7 +27,7 @@ _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
 _UNSUPPORTED_METHODS = (
     *("slerp", "nuslerp", "multislerp", "nearswap", "passthrough", "model_stock", "arcee_fusion", "karcher", "sce"),
-    *("dare_ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "ram", "ramplus_tl"),
+    *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "ram", "ramplus_tl"),
 )
 _UNSUPPORTED_PARAMETERS = ("rescale", "gamma", "epsilon", "select_topk", "filter_wise", "scale", "t")
 
@@ -124,6 +124,11 @@ def _read_top_level(draft: Draft) -> None:
         draft.problems.append(f"merge_method: missing; known: {', '.join(draft.methods)}")
     elif draft.spec is None and method in _UNSUPPORTED_METHODS:
         draft.problems.append(f'merge_method "{method}" is a mergekit method that ties_dist does not support yet')
+    elif draft.spec is None and isinstance(method, str) and ":" in method:
+        draft.problems.append(
+            f"merge_method {short(method)} is code from outside of ties_dist, which merging would run; allow that with "
+            "--allow-external-methods"
+        )
     elif draft.spec is None:
         draft.problems.append(f"merge_method: no method {short(method)}; {nearest(draft.method, list(draft.methods))}")
 

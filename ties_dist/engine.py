@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shutil
 import threading
 import time
@@ -12,23 +11,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ties_dist.errors import CheckpointError, NumericError, OutputError, StoppedError, listing
+from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError, listing
 from ties_dist.executors.base import Executor
 from ties_dist.journal import Journal, Record, pack, read_journals
-from ties_dist.lock import RunLock
+from ties_dist.lock import Holder, RunLock
 from ties_dist.passes import Passes
+from ties_dist.planning import MergePlan
 from ties_dist.prepare import Job, models_of, stamp_inputs
-from ties_dist.progress import Progress, phase
+from ties_dist.progress import Noted, Progress, phase
 from ties_dist.publish import OutFolder, companion_files, model_card, publish
-from ties_dist.report import MergeReport
+from ties_dist.report import MergeReport, peak_rss_bytes
 from ties_dist.resume import adopt, check_space, claim
+from ties_dist.site import Site
 from ties_dist.statistics import StatisticsStore
-from ties_dist.storage.base import BLOCK_BYTES
-from ties_dist.storage.local import LocalWriter, open_reader
+from ties_dist.storage.base import BLOCK_BYTES, Writer
 from ties_dist.summary import describe
 from ties_dist.threshold import Cuts, ModelCut
-from ties_dist.work import MergeResult, Worker, block_digests
+from ties_dist.work import MergeResult, StillThere
+
+if TYPE_CHECKING:
+    from ties_dist.kernels.cuda import Gpus
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class DurableKeeper:
     """Group commit: bytes are synced first, then their journal lines; both only while the lock is ours."""
 
     lock: RunLock
-    writer: LocalWriter
+    writer: Writer
     journal: Journal
 
     def thresholds(self, cuts: Sequence[ModelCut]) -> None:
@@ -71,16 +75,23 @@ def run(
     trust_journal: bool = False,
     speculate: bool | None = None,
     stop: threading.Event | None = None,
+    gpus: Gpus | None = None,
+    also: Sequence[MergePlan] = (),
 ) -> MergeReport:
     """Merge a prepared job into OUT. trust_journal: take journalled ranges over without reading them again.
+
+    also: merges of the same inputs that will look for their thresholds in the store; a scan counts them too.
 
     Raises OutputError, LockedError, PlanError, NumericError, CheckpointError, StoppedError, ProofError.
     """
     began = time.monotonic()
     folder = OutFolder(path=out, fingerprint=job.plan.fingerprint)
-    folder.check([Path(m.path) for m in (job.plan.base, *job.plan.experts, *job.plan.extras)])
+    folder.check([Path(m.path) for m in job.plan.models])
     _ = job.stamps  # taken now: while this run waits for the lock, its inputs may change
-    lock = RunLock(folder.state)
+    noted = Noted(progress)
+    usage = executor.usage
+    me = Holder.myself(elsewhere=usage.elsewhere)
+    lock = RunLock(folder.state, me=me, news=lambda: {**noted.now, "workers": usage.workers})
     lock.acquire(wait=wait, stop=stop)
     try:
         if (done := claim(folder, job, fresh=fresh, overwrite=overwrite)) is not None:
@@ -89,34 +100,40 @@ def run(
         record = read_journals(folder.run)
         if lock.doubt.exists():
             logger.warning("the run before may still be alive: going on with copies of its partial shards")
-            adopt(folder, job.plan.layout, publishing=record.publishing)
+            adopt(folder, job.plan.layout.shards, publishing=record.publishing)
             lock.doubt.unlink()
         check_space(folder, job, publishing=record.publishing)
-        writer = LocalWriter(folder.parts, folder.path, fence=lock.check)
+        site = Site(plan=job.plan, resources=job.resources, folder=folder, holder=lock.me)
+        executor.start(site)
+        step = site.open(gpus)
         try:
-            keeper = DurableKeeper(lock, writer, Journal(folder.run / f"journal-{lock.token}.jsonl"))
+            journal = Journal(folder.run / f"journal-{lock.token}.jsonl")
             passes = Passes(
                 plan=job.plan,
-                worker=Worker(job.plan, lambda path: open_reader(path, job.resources.backend), job.resources.kernel),
+                step=step,
                 executor=executor,
-                writer=writer,
-                keeper=keeper,
-                progress=progress,
+                keeper=DurableKeeper(lock, step.writer, journal),
+                progress=noted,
                 store=store,
                 scan_checkpoint=folder.run / "scan.npz",
+                also=also,
                 speculate=speculate,
             )
-            return _merge(job, folder, record, passes, keeper, trust=trust_journal, stop=stop, began=began)
+            return _merge(job, folder, record, passes, journal, lock, trust=trust_journal, began=began)
         except NumericError:
             lock.check()
             shutil.rmtree(folder.run, ignore_errors=True)  # of no use to a run with repaired inputs
             raise
-        except OutputError:
-            lock.check()  # a run that lost OUT finds its files gone: this is why
-            raise
         finally:
-            writer.close()
+            step.writer.close()
+    except (OutputError, PlanError, ClusterError):
+        lock.check()  # a run that lost OUT, or its workers, finds its files gone: this is why
+        raise
     finally:
+        if usage.unanswered and folder.run.exists():
+            with suppress(OSError):  # LockedError: whoever took over doubts us anyhow
+                lock.check()
+                lock.doubt.touch()
         lock.release()
 
 
@@ -125,27 +142,28 @@ def _merge(
     folder: OutFolder,
     record: Record,
     passes: Passes,
-    keeper: DurableKeeper,
+    journal: Journal,
+    lock: RunLock,
     *,
     trust: bool,
-    stop: threading.Event | None,
     began: float,
 ) -> MergeReport:
     shards = job.plan.layout.shards
     kept = {s.name for s in shards if folder.part(s, publishing=record.publishing) is not None}
     for shard in shards:
         if shard.name not in kept:
-            keeper.writer.create(shard.name, shard.size)
+            passes.step.writer.create(shard.name, shard.size)
     passes.warm_up()
     passes.cuts |= record.cuts
     passes.find_thresholds(record.thresholds)
     current = record.covering(r for r in record.merged if r.unit.shard in kept and passes.is_current(r))
-    resumed = _take_over(passes, keeper.writer, current, trust=trust, stop=stop)
+    resumed = _take_over(passes, current, trust=trust)
     passes.merge_missing()
     passes.prove()
     passes.settle_majority()
     passes.check_numbers()
-    _check_inputs(job, folder, keeper.lock)
+    _check_inputs(job, folder, lock)
+    _bring_home(folder, passes, publishing=record.publishing)
     blocks = _blocks(job, passes)
     report = describe(
         job,
@@ -153,9 +171,9 @@ def _merge(
         passes.model_cuts,
         passes.results.values(),
         blocks,
-        bytes_read=passes.worker.requested_bytes,
+        bytes_read=passes.worker.requested_bytes + passes.executor.usage.requested_bytes,
         elapsed_seconds=time.monotonic() - began,
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=max(peak_rss_bytes(), passes.executor.usage.peak_rss_bytes),
         resumed_units=resumed,
         redone_units=passes.redone,
         kernel=passes.worker.kernel.kind,
@@ -165,8 +183,8 @@ def _merge(
         phases=passes.phases,
     )
     companions = companion_files(job.base_path, job.recipe, model_card(job.recipe, report))
-    keeper.journal.publishing()
-    keeper.journal.commit()
+    journal.publishing()
+    journal.commit()
     origin = {
         "models": {m.text: os.path.relpath(m.path, folder.path) for m in models_of(job.recipe)},
         "max_shard_bytes": job.max_shard_bytes,
@@ -174,40 +192,53 @@ def _merge(
         "majority": report.majority_sign,
         "stamps": job.stamps,
     }
-    publish(folder, job.plan.layout, blocks, report, companions, origin, keeper.lock.check)
+    publish(folder, job.plan.layout, blocks, report, companions, origin, lock.check)
     return report
 
 
-def peak_rss_bytes() -> int:
-    """This process's largest resident set. Not `ru_maxrss`: it is inherited from the process that started this one."""
-    with suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _take_over(
-    passes: Passes, writer: LocalWriter, results: Sequence[MergeResult], *, trust: bool, stop: threading.Event | None
-) -> int:
+def _take_over(passes: Passes, results: Sequence[MergeResult], *, trust: bool) -> int:
     """Accept journalled ranges that today's thresholds would give and whose bytes are still what they were."""
     if not results:
         return 0
+    if trust:
+        passes.results |= {r.unit: r for r in results}
+        return len(results)
     with phase(passes.progress, "check", sum(r.unit.nbytes for r in results)):
-        for result in results:
-            if stop is not None and stop.is_set():
-                raise StoppedError("stopped; everything finished is kept. Run the same command again to resume.")
-            unit = result.unit
-            if trust or block_digests(writer.read(unit.shard, unit.start, unit.stop)) == result.blocks:
-                passes.results[unit] = result
-            passes.progress.advance(unit.nbytes)
+        for result, same in passes.executor.call(passes.step, StillThere(), results):
+            if same:
+                passes.results[result.unit] = result
+            passes.progress.advance(result.unit.nbytes)
     logger.info("resuming: %d of %d journalled units stand", len(passes.results), len(results))
     return len(passes.results)
 
 
+def _bring_home(folder: OutFolder, passes: Passes, *, publishing: bool) -> None:
+    """Go on with copies of shards of which other bytes than the final ones may still be on their way to the disk.
+
+    A worker that was lost may have written a unit with a guess that was corrected since; what had arrived of it before
+    the copy was made is merged again here.
+    """
+    unanswered = (task for tasks in passes.executor.usage.unanswered.values() for task in tasks)
+    stray = {task.unit for task in unanswered if not passes.is_final(task)}
+    names = {unit.shard for unit in stray}
+    if not stray:
+        return
+    logger.info("writes of lost workers may still arrive: going on with copies of %d shards", len(names))
+    adopt(folder, [s for s in passes.plan.layout.shards if s.name in names], publishing=publishing)
+    step = passes.step
+    step.writer.close()  # opens the copies
+    for unit in sorted(stray):
+        result = passes.results[unit]
+        if not StillThere()(step, result):
+            task = passes.task(unit, result.majority)
+            again = step.store(task, step.compute(task, step.load(task)))
+            assert again.blocks == result.blocks, "the same bytes, whoever merges"
+    step.writer.sync(sorted(names))
+
+
 def _check_inputs(job: Job, folder: OutFolder, lock: RunLock) -> None:
     """Raises CheckpointError, and discards the work, where an input file was changed while it was read."""
-    now = stamp_inputs([job.plan.base, *job.plan.experts, *job.plan.extras])
+    now = stamp_inputs(job.plan.models)
     if changed := sorted(name for name, stamp in job.stamps.items() if now.get(name) != stamp):
         lock.check()
         shutil.rmtree(folder.run, ignore_errors=True)

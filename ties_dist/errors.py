@@ -8,6 +8,8 @@
     |   `-- LockedError                       another run holds OUT                                             exit 2
     |-- NumericError       (ArithmeticError)  NaN or Inf in an input or an output                               exit 2
     |-- DamageError        (RuntimeError)     `verify` found bytes that are not what was written                exit 2
+    |-- UnitError          (RuntimeError)     a unit of work failed again and again, on several workers         exit 2
+    |-- ClusterError       (RuntimeError)     no worker came, or all were lost; the same command resumes        exit 75
     |-- StoppedError       (RuntimeError)     told to stop; the same command resumes                            exit 75
     `-- ProofError         (RuntimeError)     counts contradict a threshold: a bug or damaged inputs            exit 1
 
@@ -54,6 +56,16 @@ class NumericError(TiesDistError, ArithmeticError):
 
 class DamageError(TiesDistError, RuntimeError):
     """Bytes on disk are not the bytes that were written."""
+
+
+class UnitError(TiesDistError, RuntimeError):
+    """One unit of work failed on worker after worker: another attempt would end in the same way."""
+
+
+class ClusterError(TiesDistError, RuntimeError):
+    """The cluster gave no worker in time, or lost all of them; the same command resumes."""
+
+    exit_status: ClassVar[int] = 75
 
 
 class StoppedError(TiesDistError, RuntimeError):

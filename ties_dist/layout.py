@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ties_dist.checkpoint import DTYPE_BITS
+from ties_dist.header import DTYPE_BITS
 
 DATA_ALIGNMENT = 4096
 ITEM_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}

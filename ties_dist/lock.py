@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,13 +31,14 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0
+GUARD_POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """Who holds a lock. boot and namespace make a process id comparable; started tells a recycled one.
 
-    started: as `_started` gives it.
+    started: as `_started` gives it. elsewhere: whether others write for it, who may outlive it.
     """
 
     token: str
@@ -47,9 +48,10 @@ class Holder:
     pid: int
     started: float
     since: str
+    elsewhere: bool = False
 
     @classmethod
-    def myself(cls) -> Holder:
+    def myself(cls, *, elsewhere: bool = False) -> Holder:
         return cls(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
@@ -58,6 +60,7 @@ class Holder:
             pid=os.getpid(),
             started=_started(os.getpid()) or 0.0,
             since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            elsewhere=elsewhere,
         )
 
     def __str__(self) -> str:
@@ -88,6 +91,8 @@ class RunLock:
     folder: Path
     lease_seconds: float = field(default_factory=lambda: LEASE_SECONDS)
     me: Holder = field(default_factory=Holder.myself)
+    news: Callable[[], Mapping[str, object]] = dict
+    """How far the holder is: goes into the lease, for `status` to read from elsewhere."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _beating: threading.Thread | None = None
 
@@ -101,14 +106,17 @@ class RunLock:
 
     @property
     def doubt(self) -> Path:
-        """There from the moment a holder that may be alive is replaced until its partial files are."""
+        """There where writes of an earlier holder may still be on their way, until the partial files are replaced.
+
+        It may be alive, or others who wrote for it are; or it knew of such writes when it ended.
+        """
         return self.folder / "doubt"
 
     def acquire(self, *, wait: bool = False, stop: threading.Event | None = None) -> None:
         """Take the lock. Raises LockedError naming a living holder, unless told to wait for it; StoppedError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_durably(self._lease(self.token), "0")
+            write_durably(self.lease_of(self.token), _beat_text(0, {}))
         except OSError as error:
             raise output_error(error, self.folder) from error
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -127,14 +135,14 @@ class RunLock:
         with self._guard():
             holder = self.holder()
             if holder is None or holder.is_dead(self.me) or self._expired(holder, watched, wait=wait):
-                if holder is not None and not holder.is_dead(self.me):
+                if holder is not None and (holder.elsewhere or not holder.is_dead(self.me)):
                     self.doubt.touch()
                     sync_folder(self.folder)
                 claim = self.folder / f"claim-{self.token}"
                 write_durably(claim, json.dumps(asdict(self.me)))
                 claim.replace(self.path)
                 if holder is not None:
-                    self._lease(holder.token).unlink(missing_ok=True)
+                    self.lease_of(holder.token).unlink(missing_ok=True)
                 # Where the file system has no flock, two takers may both get here: the later write wins.
                 time.sleep(0 if self._guarded else 0.2)
                 current = self.holder()
@@ -145,7 +153,7 @@ class RunLock:
         """Whether the lease stood still long enough; raises as soon as it is seen to move."""
         lease = ""
         with suppress(OSError):
-            lease = self._lease(holder.token).read_text()
+            lease = self.lease_of(holder.token).read_text()
         local = holder.shares_processes(self.me)
         if holder.token not in watched:
             watched[holder.token] = (lease, time.monotonic())
@@ -186,9 +194,9 @@ class RunLock:
                 current = self.holder()
                 if current is not None and current.token == self.token:
                     self.path.unlink(missing_ok=True)
-            self._lease(self.token).unlink(missing_ok=True)
+            self.lease_of(self.token).unlink(missing_ok=True)
 
-    def _lease(self, token: str) -> Path:
+    def lease_of(self, token: str) -> Path:
         return self.folder / f"lease-{token}"
 
     def _beat(self) -> None:
@@ -196,17 +204,30 @@ class RunLock:
         while not self._stop.wait(min(HEARTBEAT_SECONDS, self.lease_seconds / 4)):
             beats += 1
             with suppress(OSError):  # a full disk stops the merge where it writes, with a message
-                self._lease(self.token).write_text(str(beats))
+                self.lease_of(self.token).write_text(_beat_text(beats, self.news()))
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Serialises take-overs on this machine, and on network file systems with flock."""
+        """Serialises take-overs on this machine, and on network file systems with flock.
+
+        One that is held for longer than a lease is of a process that was stopped inside: it is passed by.
+        """
         self._guarded = False
         with open(self.folder / "lock.guard", "wb") as guard:
-            with suppress(OSError):
-                fcntl.flock(guard, fcntl.LOCK_EX)
-                self._guarded = True
+            until = time.monotonic() + self.lease_seconds
+            while not self._guarded and time.monotonic() <= until:
+                try:
+                    fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._guarded = True
+                except BlockingIOError:
+                    time.sleep(GUARD_POLL_SECONDS)
+                except OSError:  # no flock here
+                    break
             yield
+
+
+def _beat_text(beats: int, news: Mapping[str, object]) -> str:
+    return json.dumps({"beats": beats, **news})
 
 
 def _started(pid: int) -> float | None:

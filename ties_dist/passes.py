@@ -15,17 +15,20 @@ from ties_dist.errors import NumericError, ProofError, listing
 from ties_dist.executors.base import Executor
 from ties_dist.planning import MergePlan, Unit
 from ties_dist.progress import Progress, phase
-from ties_dist.scan import NOTHING_PUBLISHED, Scan
+from ties_dist.scan import NOTHING_PUBLISHED, Scan, sample_slices
 from ties_dist.statistics import StatisticsStore
-from ties_dist.storage.base import Writer
 from ties_dist.summary import Totals
-from ties_dist.threshold import Cuts, ModelCut
-from ties_dist.work import MergeResult, MergeTask, Worker
+from ties_dist.threshold import Cuts, ModelCut, Threshold
+from ties_dist.work import MergeResult, MergeStep, MergeTask, Worker
 
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 2.0
 """Units finished in between are made durable together."""
+
+
+SIGNS_FROM = 16
+"""Samples: a model of fewer tells the majority sign by its first units soon enough."""
 
 
 class Keeper(Protocol):
@@ -53,13 +56,14 @@ class Passes:
     """One merge in progress. results: the units whose bytes are written, by range; cuts: thresholds by tensor."""
 
     plan: MergePlan
-    worker: Worker
+    step: MergeStep
     executor: Executor
-    writer: Writer
     keeper: Keeper
     progress: Progress
     store: StatisticsStore | None = None
     scan_checkpoint: Path | None = None
+    also: Sequence[MergePlan] = ()
+    """Merges whose thresholds a scan counts as well (`Scan`)."""
     speculate: bool | None = None
     """Take predicted thresholds: always, never, or (None) where that is likely to be right."""
     mispredicted: bool = False
@@ -68,7 +72,7 @@ class Passes:
     cuts: dict[str, Cuts] = field(default_factory=dict)
     thresholds_from: str | None = None
     redone: int = 0
-    sign_sum: int = 0
+    sign_sum: float = 0
     """Of the units so far: a guess at the majority sign, proven or redone at the end."""
     phases: dict[str, float] = field(default_factory=dict)
     _warming: threading.Thread | None = None
@@ -80,6 +84,11 @@ class Passes:
     @property
     def totals(self) -> Totals:
         return Totals.of(self.plan, self.results.values())
+
+    @property
+    def worker(self) -> Worker:
+        """Of this process."""
+        return self.step.worker
 
     def warm_up(self) -> None:
         """Let the kernel compile while thresholds are looked for; `merge_missing` waits for it."""
@@ -100,15 +109,26 @@ class Passes:
         else:
             self._scan(self.speculate)
 
-    def _scan(self, speculate: bool | None) -> None:
+    def _proven(self) -> dict[int, Threshold]:
+        """Of thresholds some of which are wrong those that the counts prove: their experts need no scan.
+
+        Where ties are cut all are scanned, since the place of the cut is not proven by itself.
+        """
+        assert self.plan.method.trim is not None
+        if self.plan.method.trim.tie_policy == "exact_k":
+            return {}
+        wrong = self.totals.wrong_thresholds(self.plan, self.model_cuts)
+        return {i: cut.threshold for i, cut in enumerate(self.model_cuts) if i not in wrong}
+
+    def _scan(self, speculate: bool | None, proven: Mapping[int, Threshold] | None = None) -> None:
         with self._timed("scan"):
             scan = self._scanner()
-            found = scan.whole_model(speculate=speculate)
+            found = scan.whole_model(speculate=speculate, proven=proven or {})
         self._spread(found, scan.source)
         self.keeper.thresholds(found)
 
     def _scanner(self) -> Scan:
-        return Scan(self.plan, self.worker, self.executor, self.progress, self.store, self.scan_checkpoint)
+        return Scan(self.plan, self.step, self.executor, self.progress, self.store, self.scan_checkpoint, self.also)
 
     def _spread(self, cuts: Sequence[ModelCut], source: str) -> None:
         self.model_cuts, self.thresholds_from = tuple(cuts), source
@@ -124,6 +144,12 @@ class Passes:
             return False
         return self.task(result.unit).state_digest == result.state_digest
 
+    def is_final(self, task: MergeTask) -> bool:
+        """Whether a task writes the bytes that its unit's result has."""
+        result = self.results.get(task.unit)
+        same_sign = result is not None and (result.majority == task.majority or not result.dependent)
+        return result is not None and same_sign and result.state_digest == task.state_digest
+
     def merge_missing(self) -> None:
         """Merge what no result covers, taking the majority sign of the units so far for the final one."""
         done: dict[str, list[tuple[int, int]]] = {}
@@ -132,11 +158,21 @@ class Passes:
         missing = list(self.plan.units(done))
         if self._warming is not None:
             self._warming.join()
-        if self.results and self.plan.method.asks_majority:
-            self.sign_sum = self.totals.get("sign_sum")
+        if self.plan.method.asks_majority:
+            self.sign_sum = self.totals.get("sign_sum") if self.results else self._sampled_signs()
         with self._timed("merge"), phase(self.progress, "merge", sum(u.nbytes for u in missing)):
             for group in self._groups(missing):
                 self._merge(group)
+
+    def _sampled_signs(self) -> float:
+        """A guess at the sign of the sum of elected signs, so that the first units assume the right majority already.
+
+        Later ones weigh the units before them more.
+        """
+        slices, weights = sample_slices(self.plan)
+        if self._per_tensor or self.plan.elements < SIGNS_FROM * sum(stop - start for _, start, stop in slices):
+            return 0.0
+        return self.worker.sample_signs(slices, weights, self.cuts)
 
     def _groups(self, units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
         """All units at once; or, where tensors have thresholds of their own, budget-sized groups behind a selection.
@@ -168,9 +204,12 @@ class Passes:
     def _merge(self, units: Iterable[Unit], majority: int | None = None) -> None:
         pending: list[MergeResult] = []
         last = time.monotonic()
-        tasks = (self.task(unit, majority or (1 if self.sign_sum >= 0 else -1)) for unit in units)
+
+        def describe(unit: Unit) -> MergeTask:
+            return self.task(unit, majority or (1 if self.sign_sum >= 0 else -1))
+
         try:
-            for result in self.executor.map_unordered(self.worker.merge_step(self.writer), tasks):
+            for result in self.executor.map_unordered(self.step, units, describe):
                 pending.append(result)
                 self.sign_sum += result.sign_sum
                 self.progress.advance(result.unit.nbytes)
@@ -214,7 +253,7 @@ class Passes:
             for i in range(len(self.plan.experts) if self.store is not None else 0):
                 assert self.store is not None
                 self.store.discard(self.store.key(self.plan, i))
-            self._scan(speculate=False)
+            self._scan(speculate=False, proven=self._proven())
             stale = [r.unit for r in self.results.values() if not self.is_current(r)]
             self._redo(stale, majority=None, reason="thresholds changed")
             wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)

@@ -25,12 +25,12 @@ SEMANTICS_VERSION = 1
 
 DEFAULT_UNIT_BYTES = 8 << 20
 """Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M (facts.md)."""
-UNITS_IN_FLIGHT = 5
-"""Being read ahead (2), computed (1), written (2)."""
+UNITS_AROUND = 4
+"""Being read ahead (2) and written behind (2) those that are computed, one per thread."""
 PROCESS_BYTES = 480 << 20
 """Resident set of a worker before any unit: Python, torch, numba and their libraries."""
-COMPILER_BYTES = 220 << 20
-"""What torch.compile adds to the process that calls it."""
+GPU_BYTES = 512 << 20
+"""What the driver adds to a process that uses GPUs: an allowance, not yet measured."""
 EAGER_TEMPORARIES = 12
 """Float32 temporaries per operand and element of an eager block."""
 
@@ -115,6 +115,11 @@ class MergePlan:
         return sum(t.numel for t in self.counted)
 
     @property
+    def models(self) -> tuple[Input, ...]:
+        """Everything that is read; a model with two parts is in it twice."""
+        return (self.base, *self.experts, *self.extras)
+
+    @property
     def operands(self) -> tuple[Input, ...]:
         """The inputs every merged slice is read from, in the order of the counters."""
         return (*((self.base,) if self.method.operand == "delta" else ()), *self.experts, *self.extras)
@@ -141,6 +146,17 @@ class MergePlan:
         """Whether deltas take few distinct values, so that a threshold is an atom of large mass."""
         models = (self.base, *self.experts)
         return all(ITEM_BYTES[m.tensors[t.source].dtype] == 2 for m in models for t in self.counted)
+
+    @property
+    def reread_bytes(self) -> int | None:
+        """What is read between the first and the second read of a byte; None where one read is likely to do."""
+        trim = self.method.trim
+        if trim is None:
+            return None
+        if trim.scope == "tensor":
+            return self.memory_budget // 2  # a group of units, selected for and then merged (`Passes`)
+        speculates = self.is_16_bit and trim.tie_policy == "keep_all"
+        return None if speculates else self.input_bytes
 
     def density(self, expert: int) -> float:
         """An expert's density, where the trim's scope is the model and so one holds for all tensors."""
@@ -182,13 +198,16 @@ def fit_unit_bytes(
     asked: int | None,
     budget: int,
     threads: int,
+    units: int,
+    outputs: int,
     method: Method,
     tensors: Sequence[TensorSpec],
     operands: Sequence[Input],
 ) -> tuple[int, int]:
     """Unit size and the buffers' projected peak, in bytes. Raises PlanError where the budget is too small.
 
-    asked: the user's unit size, or None for the largest of 8, 4, 2, 1 MiB that fits.
+    asked: the user's unit size, or None for the largest of 8, 4, 2, 1 MiB that fits. units: how many are under way,
+    each with `outputs` results.
     """
     if asked is not None and asked < BLOCK_BYTES:
         raise PlanError(
@@ -205,7 +224,7 @@ def fit_unit_bytes(
     sizes = [asked // BLOCK_BYTES * BLOCK_BYTES] if asked else [DEFAULT_UNIT_BYTES >> i for i in range(4)]
     fixed = statistics_bytes(method, len(operands), threads) + 4 * EAGER_TEMPORARIES * len(operands) * (1 << 15)
     for unit_bytes in sizes:
-        buffers = int(max(UNITS_IN_FLIGHT, threads) * unit_bytes * (1 + ratio)) + fixed
+        buffers = int(units * unit_bytes * (outputs + ratio)) + fixed
         if buffers <= budget:
             return unit_bytes, buffers
     raise PlanError(
@@ -219,10 +238,6 @@ def fit_unit_bytes(
 def statistics_bytes(method: Method, operands: int, threads: int) -> int:
     """Histograms of a scan: per thread and expert a coarse one and four fine windows, and the driver's sum."""
     return 0 if method.trim is None else (threads + 2) * operands * 8 * ((1 << 15) + 4 * (1 << 16))
-
-
-def process_bytes(compiled: bool) -> int:
-    return PROCESS_BYTES + (COMPILER_BYTES if compiled else 0)
 
 
 def fingerprint(recipe: Mapping[str, object], layout: Layout, inputs: Sequence[Input]) -> str:

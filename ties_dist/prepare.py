@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import resource
@@ -10,16 +11,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.congruence import EqualCheck, MergeSet, compare
 from ties_dist.errors import CheckpointError, RecipeError, listing
-from ties_dist.kernels.merge import KernelKind, wants_compiler
+from ties_dist.kernels.merge import KernelKind
 from ties_dist.layout import TensorSpec, lay_out
-from ties_dist.methods import METHODS
+from ties_dist.methods import known_methods
 from ties_dist.methods.base import Method
 from ties_dist.models import Location, fetch
 from ties_dist.planning import (
+    GPU_BYTES,
+    PROCESS_BYTES,
+    UNITS_AROUND,
     Input,
     MergePlan,
     Source,
@@ -27,11 +32,13 @@ from ties_dist.planning import (
     digest,
     fingerprint,
     fit_unit_bytes,
-    process_bytes,
 )
 from ties_dist.recipe import ModelReference, Recipe, layer_depths, load_recipe
+from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
 from ties_dist.storage.base import Reader
-from ties_dist.storage.local import Backend, open_reader
+from ties_dist.storage.readers import open_reader
+
+logger = logging.getLogger(__name__)
 
 HEADER_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SAMPLED_PAGES = 16
@@ -48,6 +55,11 @@ class Resources:
     memory_budget: int = 2 << 30
     unit_bytes: int | None = None
     kernel: KernelKind = "auto"
+    kernel_cache: Path | None = None
+    outputs: int = 1
+    """Merges of the same inputs that are done together, each with its own result of every unit."""
+    gpu_slots: int = 0
+    """Units that GPUs hold at once; 0: the processor merges."""
     backend: Backend = "auto"
 
     @property
@@ -71,7 +83,7 @@ class Job:
     @cached_property
     def stamps(self) -> Mapping[str, tuple[int, int]]:
         """Size and time of every input file, as they were when first asked for."""
-        return stamp_inputs([self.plan.base, *self.plan.experts, *self.plan.extras])
+        return stamp_inputs(self.plan.models)
 
 
 def prepare(
@@ -80,12 +92,20 @@ def prepare(
     semantics: str | None = None,
     resources: Resources | None = None,
     max_shard_bytes: int | None = None,
+    root: Path | None = None,
     fetch: Callable[[Location], Path] = fetch,
+    allow_external_methods: bool = False,
 ) -> Job:
-    """Read a recipe and all headers. fetch: finds a model. Raises RecipeError, CheckpointError, PlanError."""
+    """Read a recipe and all headers. root: see `load_recipe`. fetch: finds a model.
+
+    allow_external_methods: whether `merge_method: package.module:Class` may import and run that.
+
+    Raises RecipeError, CheckpointError, PlanError.
+    """
     resources = resources or Resources()
     _allow_many_files()
-    chosen = load_recipe(recipe, methods=METHODS, semantics=semantics, fetch=fetch)
+    methods = known_methods(allow_external=allow_external_methods)
+    chosen = load_recipe(recipe, methods=methods, semantics=semantics, root=root, fetch=fetch)
     references = models_of(chosen)
     opened, identities = _open_all(references, resources.backend)
     return assemble(chosen, opened, identities, resources, max_shard_bytes)
@@ -112,7 +132,7 @@ def assemble(
     max_shard_bytes: int | None = None,
 ) -> Job:
     """The job of a recipe whose models are open, in the order of `models_of`. Raises CheckpointError, PlanError."""
-    method = METHODS[recipe.method].from_options(
+    method = cast("type[Method]", recipe.spec).from_options(
         {**recipe.options.model_dump(), "elect_from": recipe.elect_from},
         {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
     )
@@ -143,12 +163,13 @@ def assemble(
         asked=resources.unit_bytes,
         budget=resources.memory_budget,
         threads=resources.thread_count,
+        # A slot has a pinned copy of its unit.
+        units=(2 * resources.gpu_slots or resources.thread_count) + UNITS_AROUND,
+        outputs=resources.outputs,
         method=method,
         tensors=specs,
         operands=models if method.operand == "delta" else models[1:],
     )
-    elements = sum(t.numel for t in specs if t.counted) * count
-    compiled = wants_compiler(resources.kernel, elements)
     plan = MergePlan(
         method=method,
         layout=layout,
@@ -160,7 +181,7 @@ def assemble(
         unit_bytes=unit_bytes,
         threads=resources.thread_count,
         memory_budget=resources.memory_budget,
-        projected_bytes=process_bytes(compiled) + buffers,
+        projected_bytes=PROCESS_BYTES + (GPU_BYTES if resources.gpu_slots else 0) + buffers,
     )
     return Job(
         recipe=recipe,
@@ -231,7 +252,7 @@ def identify(checkpoint: Checkpoint) -> str:
 def _input(checkpoint: Checkpoint, reference: ModelReference, identity: str) -> Input:
     return Input(
         name=reference.name,
-        path=str(reference.path),
+        path=str(reference.path.absolute()),
         tensors={name: Source(file=e.file, start=e.start, dtype=e.dtype) for name, e in checkpoint.tensors.items()},
         identity=identity,
     )
@@ -298,6 +319,21 @@ def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
     return True
 
 
+def opener(plan: MergePlan, resources: Resources) -> Callable[[Path], Reader]:
+    """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so."""
+    models = {m.path: m for m in reversed(plan.models)}
+    chosen: dict[str, Backend] = dict.fromkeys(models, resources.backend)
+    if resources.backend == "auto":
+        files = {path: files_of(m) for path, m in models.items()}
+        mapped = sum(sum(file_sizes(listed).values()) for listed in files.values())
+        for path, m in reversed(models.items()):
+            facts = look(files[path], mapped=mapped, reread_bytes=plan.reread_bytes)
+            choice = choose(facts)
+            logger.log(logging.DEBUG if facts.size < SMALL_MODEL else logging.INFO, "reads: '%s' %s", m.name, choice)
+            chosen[path] = choice.backend
+    return lambda path: open_reader(path, chosen[str(path)])
+
+
 def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
     """Size and modification time of every file that is read, by `model/file`: they change when the file does.
 
@@ -305,10 +341,16 @@ def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
     """
     stamps = {}
     for model in models:
-        path = Path(model.path)
-        for file in sorted({source.file for source in model.tensors.values()}):
-            stamps[f"{model.name}/{file}"] = (-1, -1)
+        for file in files_of(model):
+            stamps[f"{model.name}/{file.name}"] = (-1, -1)
             with suppress(OSError):
-                found = (path / file if path.is_dir() else path).stat()
-                stamps[f"{model.name}/{file}"] = (found.st_size, found.st_mtime_ns)
+                found = file.stat()
+                stamps[f"{model.name}/{file.name}"] = (found.st_size, found.st_mtime_ns)
     return stamps
+
+
+def files_of(model: Input) -> list[Path]:
+    """What is read of a model."""
+    path = Path(model.path)
+    names = sorted({source.file for source in model.tensors.values()})
+    return [path] if path.is_file() else [path / name for name in names]

@@ -45,12 +45,41 @@ class LogProgress:
             self._last = time.monotonic()
             share = self._done / max(1, self._total)
             left = (self._last - self._began) * (1 - share) / max(share, 1e-9)
-            logger.info("%s: %.0f %%, %s, %.0f s left", self._phase, 100 * share, readable(self._done), left)
+            said = ("%s: %.0f %%, %s, %.0f s left", self._phase, 100 * share, readable(self._done), left)
+            logger.info(*said, extra=self._numbers(self._last - self._began))
 
     def end(self) -> None:
         elapsed = time.monotonic() - self._began
         rate = readable(self._done / max(elapsed, 1e-9))
-        logger.info("%s: %s, %s/s, %.1f s", self._phase, readable(self._done), rate, elapsed)
+        said = ("%s: %s, %s/s, %.1f s", self._phase, readable(self._done), rate, elapsed)
+        logger.info(*said, extra=self._numbers(elapsed))
+
+    def _numbers(self, elapsed: float) -> dict[str, object]:
+        """For structured logs."""
+        facts = {"phase": self._phase, "done_bytes": self._done, "total_bytes": self._total}
+        return {"numbers": {**facts, "elapsed_seconds": round(elapsed, 3)}}
+
+
+@dataclass
+class Noted:
+    """Passes everything on, and knows how far it is: for the lease, and so for `status` on another machine."""
+
+    inner: Progress
+    now: dict[str, object] = field(default_factory=dict)
+    _done: int = 0
+
+    def begin(self, phase: str, total_bytes: int) -> None:
+        self._done = 0
+        self.now = {"phase": phase, "done_bytes": 0, "total_bytes": total_bytes, "began": time.time()}
+        self.inner.begin(phase, total_bytes)
+
+    def advance(self, done_bytes: int) -> None:
+        self._done += done_bytes
+        self.now = {**self.now, "done_bytes": self._done}
+        self.inner.advance(done_bytes)
+
+    def end(self) -> None:
+        self.inner.end()
 
 
 @contextmanager

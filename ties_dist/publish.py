@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,23 @@ class OutFolder:
     def parts(self) -> Path:
         return self.run / "parts"
 
+    def retire(self) -> Path:
+        """A new folder into which an old model's files are moved on their way out, known to one driver alone."""
+        return Path(tempfile.mkdtemp(prefix="retired-", dir=self.run))
+
+    def fence(self) -> None:
+        """Remove such folders of earlier drivers. One that was stopped inside a move, and goes on, then moves nothing.
+
+        `unlink` would remove whatever has the name by then: the model of whoever took over. Raises OutputError.
+        """
+        for folder in self.run.glob("retired-*"):
+            shutil.rmtree(folder, ignore_errors=True)  # fails where a move came in between: then once more
+            try:
+                if folder.exists():
+                    shutil.rmtree(folder)
+            except OSError as error:
+                raise output_error(error, folder) from error
+
     def check(self, inputs: Sequence[Path]) -> None:
         """Raises OutputError where OUT cannot be merged into at all."""
         target = self.path.resolve()
@@ -87,6 +106,29 @@ class OutFolder:
             return None
         indexed = len(shards) == 1 or (self.path / INDEX_NAME).is_file()
         return report if same and whole and indexed else None
+
+    def lacks_files(self) -> bool:
+        """Whether all model files here are whole ones of this merge, so that merging again harms nothing."""
+        manifest = self._manifest()
+        try:
+            sizes = {name: shard["size"] for name, shard in manifest["shards"].items()}
+            ours = manifest["fingerprint"] == self.fingerprint
+            return ours and all(p.stat().st_size == sizes[p.name] for p in self.path.glob("*.safetensors"))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return False
+
+    def holds(self) -> str:
+        """What stands here, in words."""
+        done = self.finished()
+        if done is not None:
+            return "this merge, finished" if done.fingerprint == self.fingerprint else "another merge, finished"
+        if self.run.exists():
+            return "this merge, unfinished"
+        if self.other_runs():
+            return "another merge, unfinished"
+        if not self.holds_model():
+            return "nothing"
+        return "this merge, with files missing" if self.lacks_files() else "model files that no finished merge left"
 
     def partial(self, shard: str) -> Path:
         return self.parts / partial_name(shard)
@@ -174,17 +216,19 @@ def publish(
 
 def _remove_old(out: OutFolder, keep: set[str], companions: set[str], check: Callable[[], None]) -> None:
     """Remove what an older model left: its index first, so that it is no model from the first moment on."""
-    stale = out.companions() - companions
-    check()
-    (out.path / INDEX_NAME).unlink(missing_ok=True)
-    for path in [*out.path.glob("*.safetensors.index.json"), *out.path.glob("*.safetensors")]:
-        if path.name not in keep:
-            check()
-            path.unlink(missing_ok=True)
-    for name in stale:
+    shards = sorted([*out.path.glob("*.safetensors.index.json"), *out.path.glob("*.safetensors")])
+    old = [out.path / INDEX_NAME, *(path for path in shards if path.name not in keep)]
+    old += [out.path / name for name in sorted(out.companions() - companions)]
+    if not (old := [path for path in dict.fromkeys(old) if path.exists() or path.is_symlink()]):
+        return
+    retired = out.retire()
+    for path in old:
         check()
-        (out.path / name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # we were replaced meanwhile, as the next check will say
+            path.replace(retired / path.name).unlink()
+    check()
     sync_folder(out.path)
+    retired.rmdir()
 
 
 def companion_files(base: Path, recipe: Recipe, card: str) -> dict[str, bytes]:

@@ -6,9 +6,12 @@ YAML in mergekit's dialect, because that is what users have (`dialect`), and our
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import yaml
 
@@ -68,12 +71,22 @@ class Recipe:
         """What can influence output bytes, JSON-able: no paths and no names, for the inputs identify themselves."""
         return {
             "method": self.method,
+            **self._code(),
             "experts": [self._effective(expert.parameters) for expert in self.experts],
             "parameters": self._effective(self.parameters),
             "options": self._options() | {"exclude": sorted(set(self.options.exclude))},
             "elect_from": self.elect_from is not None,
             "output_dtype": self.output_dtype,
         }
+
+    def _code(self) -> dict[str, object]:
+        """Of a method from outside: with another text it is another merge. Ours have SEMANTICS_VERSION."""
+        if ":" not in self.method:
+            return {}
+        try:
+            return {"method_code": inspect.getsource(sys.modules[cast(type, self.spec).__module__])}
+        except (OSError, TypeError):  # compiled, or typed in
+            return {}
 
     def to_yaml(self) -> str:
         """The resolved recipe: defaults and presets spelled out, models as they were written. Loads to the same."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -32,8 +34,9 @@ class MergeReport:
     """bytes_read: requested, all passes of this run. resumed_units: taken over from an interrupted one.
 
     peak_rss_bytes: of the largest process. projected_bytes: what the plan said it would be. thresholds_from: 'scan',
-    'sample', 'cache', 'journal' (of the interrupted run) or None. mispredicted: those of a sample or cache were wrong,
-    and found by a scan. tensors: per tensor, shares of its entries.
+    'sample', 'sample and scan' (of some experts each), 'cache', 'journal' (of the interrupted run) or None.
+    mispredicted: those of a sample or cache were wrong, and found by a scan.
+    tensors: per tensor, shares of its entries.
     """
 
     method: str
@@ -92,3 +95,12 @@ def tie_warning(report: MergeReport) -> list[str]:
             f"published code. `tie_policy: exact_k` would keep {expert.density:.1%}."
         )
     return said
+
+
+def peak_rss_bytes() -> int:
+    """This process's largest resident set. Not `ru_maxrss`: it is inherited from the process that started this one."""
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ties_dist.errors import CheckpointError, OutputError, PlanError, listing
-from ties_dist.layout import Layout
+from ties_dist.layout import OutputShard
 from ties_dist.planning import readable
 from ties_dist.prepare import Job
 from ties_dist.publish import OutFolder
@@ -26,6 +26,7 @@ def claim(out: OutFolder, job: Job, *, fresh: bool, overwrite: bool) -> MergeRep
 
     Raises OutputError where OUT holds something else, CheckpointError where inputs changed since an interruption.
     """
+    out.fence()
     done = out.finished()
     if done is not None and done.fingerprint == out.fingerprint and not (fresh and overwrite):
         if changed := _changed(job, out.stamps()):
@@ -41,7 +42,8 @@ def claim(out: OutFolder, job: Job, *, fresh: bool, overwrite: bool) -> MergeRep
     if (others := out.other_runs()) and not fresh:
         raise _unfinished(out, job, others[0])
     what = "the finished model of another merge (other recipe, inputs or --max-shard-size)"
-    if not overwrite and (done is not None or (out.holds_model() and not out.run.exists())):
+    strange = out.holds_model() and not out.run.exists() and not out.lacks_files()
+    if not overwrite and (done is not None or strange):
         what = what if done else "model files that no finished merge left"
         raise OutputError(f"OUT {out.path} holds {what}. Choose another OUT, or replace it with --overwrite.")
     if fresh:
@@ -103,13 +105,13 @@ def _unfinished(out: OutFolder, job: Job, other: str) -> OutputError | Checkpoin
     )
 
 
-def adopt(out: OutFolder, layout: Layout, *, publishing: bool) -> None:
-    """Copy every partial shard, and go on with the copies: who was replaced, but may live, still has the old ones open.
+def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) -> None:
+    """Copy partial shards, and go on with the copies: who was replaced, but may live, still has the old ones open.
 
     A range that it wrote before it was paused can reach them at any time, merged with a guess that has been corrected
     since. publishing: see `OutFolder.part`. Raises OutputError.
     """
-    for shard in layout.shards:
+    for shard in shards:
         path = out.part(shard, publishing=publishing)
         copy = out.parts / f"{shard.name}.copy"
         try:

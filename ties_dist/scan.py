@@ -14,11 +14,11 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from ties_dist.counting import Observation
 from ties_dist.errors import NumericError, listing
 from ties_dist.executors.base import Executor, Ledger
 from ties_dist.planning import MergePlan, Unit
@@ -39,13 +39,16 @@ from ties_dist.threshold import (
     resolve,
     to_bits,
 )
-from ties_dist.work import Observation, Worker
+from ties_dist.work import CountTies, MergeStep, Observe, SelectTensor, Worker
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_SLICES = 1024
 SAMPLE_ELEMENTS = 2048
 """Pages of 4 KiB in 16 bits. 1,000 predicted the exact bf16 threshold in 60 of 60 trials, whatever the model's size."""
+LARGER_SAMPLE, LARGER_FROM = 4, 64
+"""Where the sample cannot tell an atom from the next, so many times of it can halve its error; of models that are so
+many times larger still, of which a scan would cost far more."""
 CHECKPOINT_SECONDS = 20.0
 NAMED_TENSORS = 20
 """With NaN or Inf: read again to say in which model."""
@@ -59,36 +62,47 @@ class Scan:
     """Finds the thresholds of one plan. keep: where a long scan leaves its counts, so that a kill loses seconds."""
 
     plan: MergePlan
-    worker: Worker
+    step: MergeStep
     executor: Executor
     progress: Progress
     store: StatisticsStore | None
     keep: Path | None = None
+    also: Sequence[MergePlan] = ()
+    """Merges of the same inputs with other densities, whose thresholds a scan counts in the same read."""
     source: str = "scan"
     _counted: dict[int, Histogram] = field(default_factory=dict)
 
-    def whole_model(self, *, speculate: bool | None = False) -> tuple[ModelCut, ...]:
+    @property
+    def worker(self) -> Worker:
+        return self.step.worker
+
+    def whole_model(
+        self, *, speculate: bool | None = False, proven: Mapping[int, Threshold] | None = None
+    ) -> tuple[ModelCut, ...]:
         """The exact threshold of every expert over all d elements. Raises NumericError on NaN or Inf.
 
         speculate: take a sample's prediction for it (`source` is then "sample"), which the merge's counts must prove;
-        None: where that is likely to be right.
+        None: where that is likely to be right. proven: thresholds of experts that need not be looked for.
         """
         rule = self.plan.method.trim
         assert rule is not None and rule.scope == "model"
         experts = range(len(self.plan.experts) if self.plan.elements else 0)
         ranks = {i: rule.rank(self.plan.elements, self.plan.density(i)) for i in experts}
         found = {i: KEEP_ALL if rank is None else KEEP_NONE for i, rank in ranks.items() if not rank}
-        wanted = {i: rank for i, rank in ranks.items() if rank}
+        found |= proven or {}
+        wanted = {i: rank for i, rank in ranks.items() if rank and i not in found}
         windows = self._from_cache(wanted, found)
         unknown = {i: rank for i, rank in wanted.items() if i not in found}
         if unknown and speculate is not False and rule.tie_policy == "keep_all":
-            predictions = self._predict(unknown)
-            if speculate or (self.plan.is_16_bit and self._is_likely(predictions, unknown)):
-                self.source = "sample"
-                return tuple(ModelCut(found[i] if i in found else self._taken(predictions[i])) for i in experts)
+            taken = self._speculate(unknown, take_all=bool(speculate))
+            found |= taken
+            unknown = {i: rank for i, rank in unknown.items() if i not in taken}
+            if taken:
+                self.source = "sample and scan" if unknown else "sample"
         if unknown:
             unseen = self._predict({i: rank for i, rank in unknown.items() if i not in windows})
-            self._count(windows | {i: guess_window(p.value) for i, p in unseen.items()})
+            windows |= {i: guess_window(p.value) for i, p in unseen.items()}
+            self._count(windows | self._windows_of_others(windows))
         while missing := {i: rank for i, rank in wanted.items() if i not in found}:
             again = {}
             for i, rank in missing.items():
@@ -104,6 +118,22 @@ class Scan:
             return self._cut_ties(found, wanted)
         return tuple(ModelCut(found.get(i, KEEP_ALL)) for i in range(len(self.plan.experts)))
 
+    def _windows_of_others(self, own: Mapping[int, Window]) -> dict[int, Window]:
+        """Further windows of the experts that are read anyhow, by expert plus a multiple of their number."""
+        rule, count = self.plan.method.trim, len(self.plan.experts)
+        assert rule is not None
+        windows: dict[int, Window] = {}
+        for number, other in enumerate(self.also, 1):
+            ranks = {i: rule.rank(other.elements, other.density(i)) for i in own}
+            for i, prediction in self._predict({i: rank for i, rank in ranks.items() if rank}).items():
+                window = guess_window(prediction.value)
+                if self.store is not None and window not in {
+                    own[i],
+                    *(w for k, w in windows.items() if k % count == i),
+                }:
+                    windows[i + number * count] = window
+        return windows
+
     def _from_cache(self, wanted: Mapping[int, int], found: dict[int, Threshold]) -> dict[int, Window]:
         """Thresholds known already, into `found`; of others the bucket that a read has to count, where that is."""
         windows: dict[int, Window] = {}
@@ -117,22 +147,32 @@ class Scan:
                 windows[i] = known.window(rank)
         return windows
 
-    def _predict(self, wanted: Mapping[int, int]) -> dict[int, Prediction]:
+    def _speculate(self, ranks: Mapping[int, int], *, take_all: bool) -> dict[int, Threshold]:
+        """Predicted thresholds of experts whose rank lies well inside an atom: a miss costs a scan and another merge.
+
+        Of a rank near an atom's edge a larger sample decides, where the model is large enough to be worth it; the
+        experts that it cannot tell either are scanned. take_all: every prediction is taken as it comes.
+        """
+        if not take_all and not self.plan.is_16_bit:
+            return {}
+        predictions = self._predict(ranks)
+        if not take_all:
+            unsure = {i: rank for i, rank in ranks.items() if not self._is_likely(predictions[i], rank)}
+            if self.plan.elements >= LARGER_FROM * LARGER_SAMPLE * SAMPLE_SLICES * SAMPLE_ELEMENTS:
+                for i, rank in unsure.items():  # one at a time: a larger sample takes 100 MB
+                    predictions |= self._predict({i: rank}, LARGER_SAMPLE)
+            predictions = {i: p for i, p in predictions.items() if self._is_likely(p, ranks[i])}
+        return {i: self._taken(p) for i, p in predictions.items()}
+
+    def _predict(self, wanted: Mapping[int, int], times: int = 1) -> dict[int, Prediction]:
         if not wanted:
             return {}
-        magnitudes, weights = self.worker.sample(*self._sample)
+        magnitudes, weights = self.worker.sample(*sample_slices(self.plan, times), sorted(wanted))
         return {i: predict(magnitudes[i], weights, rank / self.plan.elements) for i, rank in wanted.items()}
 
-    @cached_property
-    def _sample(self) -> tuple[list[tuple[str, int, int]], list[float]]:
-        return sample_slices(self.plan)
-
-    def _is_likely(self, predictions: Mapping[int, Prediction], ranks: Mapping[int, int]) -> bool:
-        """Whether every rank lies well inside its predicted atom: a miss costs a scan and a second merge."""
-        return all(
-            p.above + p.error < ranks[i] / self.plan.elements < p.above + p.equal - p.error
-            for i, p in predictions.items()
-        )
+    def _is_likely(self, p: Prediction, rank: int) -> bool:
+        """Whether a rank lies inside its predicted atom by more than the sample's error."""
+        return p.above + p.error < rank / self.plan.elements < p.above + p.equal - p.error
 
     def _taken(self, prediction: Prediction) -> Threshold:
         """A predicted threshold; its counts are estimates."""
@@ -146,12 +186,8 @@ class Scan:
         saved = time.monotonic()
         with phase(self.progress, "scan", self.plan.layout.total_bytes * models):
             self.progress.advance(sum(unit.nbytes for unit in done) * models)
-
-            def fold(unit: Unit, into: Observation) -> None:
-                self.worker.observe(unit, windows, into)
-
             while ledger.missing:
-                for partial in self.executor.reduce(fold, sorted(ledger.missing)):
+                for partial in self.executor.reduce(self.step, Observe(windows), sorted(ledger.missing)):
                     if ledger.accept(partial):
                         self.progress.advance(sum(unit.nbytes for unit in partial.units) * models)
                     if self.keep is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -167,7 +203,7 @@ class Scan:
             assert histogram.total == self.plan.elements, "a scan must count every element exactly once"
             self._counted[i] = histogram
             if self.store is not None:
-                self.store.save(self.store.key(self.plan, i), histogram)
+                self.store.save(self.store.key(self.plan, i % len(self.plan.experts)), histogram)
 
     def _save(self, windows: Mapping[int, Window], ledger: Ledger) -> None:
         """Counts so far with the byte ranges they are of: unit sizes may differ when the run is resumed."""
@@ -207,7 +243,7 @@ class Scan:
             totals: dict[str, np.ndarray] = {}
             units = list(self.plan.units())
             with phase(self.progress, "ties", sum(u.nbytes for u in units) * (1 + len(bits))):
-                for unit, counts in self.executor.call(lambda u: self.worker.count_ties(u, bits), units):
+                for unit, counts in self.executor.call(self.step, CountTies(tuple(bits)), units):
                     for tensor, count in counts.items():
                         totals[tensor] = totals.get(tensor, np.zeros(len(bits), np.int64)) + np.array(count)
                     self.progress.advance(unit.nbytes * (1 + len(bits)))
@@ -225,11 +261,7 @@ class Scan:
         """Exact thresholds of some tensors, each over its own elements. Raises NumericError on NaN or Inf."""
         nonfinite: dict[tuple[int, str], int] = {}
         cuts: dict[str, Cuts] = {}
-
-        def select(tensor: str) -> tuple[Cuts, dict[tuple[int, str], int]]:
-            return self.worker.select(tensor, self.plan.sizes[tensor])
-
-        for tensor, (found, bad) in self.executor.call(select, tensors):
+        for tensor, (found, bad) in self.executor.call(self.step, SelectTensor(), tensors):
             cuts[tensor] = found
             nonfinite |= bad
         if nonfinite:
@@ -250,19 +282,19 @@ def _counts_so_far(path: Path, windows: Mapping[int, Window]) -> Observation:
         )
 
 
-def sample_slices(plan: MergePlan) -> tuple[list[tuple[str, int, int]], list[float]]:
+def sample_slices(plan: MergePlan, times: int = 1) -> tuple[list[tuple[str, int, int]], list[float]]:
     """Slices (tensor, start, stop) in file order, and how many elements each element of a slice stands for.
 
     Stratified: tensors differ in the size of their deltas, so each gets its share of the slices, and what it got is
-    weighted with its true size. The same in every run.
+    weighted with its true size. The same in every run. times: the usual number of slices.
     """
-    draw = random.Random(0)
+    draw, wanted = random.Random(0), times * SAMPLE_SLICES
     slices: list[tuple[str, int, int]] = []
     weights: list[float] = []
     owed = 0.0
     for tensor in plan.counted:
-        owed += SAMPLE_SLICES * tensor.numel / max(1, plan.elements)
-        least = 1 if len(plan.counted) <= SAMPLE_SLICES else 0
+        owed += wanted * tensor.numel / max(1, plan.elements)
+        least = 1 if len(plan.counted) <= wanted else 0
         count = min(max(int(owed), least), -(-tensor.numel // SAMPLE_ELEMENTS))
         owed -= count
         if not count:

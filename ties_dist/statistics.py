@@ -30,14 +30,16 @@ from ties_dist.threshold import (
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+KERNELS = "kernels"
+"""Compiled loops, in a folder beside the statistics."""
 
 
 def cache_folder(asked: Path | None) -> Path:
-    """`--cache-dir`, else TIES_DIST_CACHE, else the user's cache folder."""
+    """`--cache-dir`, else TIES_DIST_CACHE, else the user's cache folder; absolute, as workers start elsewhere."""
     if asked is not None:
-        return asked
+        return asked.absolute()
     if folder := os.environ.get("TIES_DIST_CACHE"):
-        return Path(folder)
+        return Path(folder).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ties_dist"
 
 
@@ -67,7 +69,9 @@ class StatisticsStore:
 
     def load(self, key: str, elements: int) -> Counted | None:
         """A whole and consistent entry, or None."""
-        import zarr
+        if not (self.folder / key).is_dir():
+            return None
+        import zarr  # 0.3 s: only where there is something to read
 
         try:
             group = zarr.open_group(self.folder / key, mode="r")
@@ -75,8 +79,7 @@ class StatisticsStore:
             fine = np.asarray(group["fine"][:])  # type: ignore[index]
             buckets = [int(b) for b in np.asarray(group["buckets"][:])]  # type: ignore[index]
         except Exception as error:  # whatever is wrong with a cache entry, the answer is to count again
-            if (self.folder / key).exists():
-                logger.warning("statistics cache entry %s is unreadable (%s): counting again", key, error)
+            logger.warning("statistics cache entry %s is unreadable (%s): counting again", key, error)
             return None
         known = Counted(coarse, dict(zip(buckets, fine, strict=False)))
         shaped = coarse.shape == (COARSE_BUCKETS,) and fine.shape == (len(buckets), FINE_BUCKETS)

@@ -54,18 +54,10 @@ class Totals:
         rule = plan.method.trim
         if rule is None:
             return []
-        problems = []
         cut = rule.tie_policy == "exact_k"
         if rule.scope == "model":
-            counted = [self.per_expert(name, len(model)) for name in ("above", "equal", "kept")]
-            for i, (above, equal, kept) in enumerate(zip(*counted, strict=True)):
-                rank = rule.rank(plan.elements, plan.density(i)) if plan.elements else None
-                if rank and not (proves(rank, above, equal) and (kept == rank or not cut)):
-                    problems.append(
-                        f"expert '{plan.experts[i].name}': {above:,} entries above {model[i].threshold.value:g}, "
-                        f"{equal:,} equal to it and {kept:,} kept do not make it the {rank:,}-th largest"
-                    )
-            return problems
+            return list(self.wrong_thresholds(plan, model).values())
+        problems = []
         for tensor, counts in self.tensors.items():
             for i, numbers in enumerate(plan.numbers[tensor].experts):
                 rank = rule.rank(plan.sizes[tensor], numbers["density"])
@@ -75,6 +67,20 @@ class Totals:
                         f"{tensor}: {over:,} entries of expert {i} above the threshold, {at:,} at it, {kept:,} kept"
                     )
         return problems
+
+    def wrong_thresholds(self, plan: MergePlan, model: Sequence[ModelCut]) -> dict[int, str]:
+        """Experts whose whole-model threshold the counts contradict, and how."""
+        rule, wrong = plan.method.trim, {}
+        assert rule is not None and rule.scope == "model"
+        counted = [self.per_expert(name, len(model)) for name in ("above", "equal", "kept")]
+        for i, (above, equal, kept) in enumerate(zip(*counted, strict=True)):
+            rank = rule.rank(plan.elements, plan.density(i)) if plan.elements else None
+            if rank and not (proves(rank, above, equal) and (kept == rank or rule.tie_policy != "exact_k")):
+                wrong[i] = (
+                    f"expert '{plan.experts[i].name}': {above:,} entries above {model[i].threshold.value:g}, "
+                    f"{equal:,} equal to it and {kept:,} kept do not make it the {rank:,}-th largest"
+                )
+        return wrong
 
     def nonfinite(self, plan: MergePlan) -> list[str]:
         """NaN and Inf in inputs and output, per tensor."""
@@ -153,7 +159,8 @@ def describe(
 
 def _expert(job: Job, totals: Totals, model_cuts: Sequence[ModelCut], i: int) -> ExpertReport:
     plan, settings = job.plan, job.recipe.experts[i].parameters
-    name, weight = plan.experts[i].name, settings["weight"].constant
+    name = plan.experts[i].name
+    weight = settings["weight"].constant if "weight" in settings else None
     if plan.method.trim is None:
         return ExpertReport(name=name, weight=weight)
     d = max(1, plan.elements)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,11 +16,13 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ties_dist.checkpoint import Checkpoint
+from ties_dist.methods import METHODS
 from ties_dist.planning import readable
 from ties_dist.report import MergeReport, tie_warning
 
 if TYPE_CHECKING:
     from ties_dist.api import PlanReport
+    from ties_dist.sweeping import Swept
 
 PIPE_WIDTH = 200
 """Columns where there is no terminal to ask: rich would take 80 and cut names and numbers short."""
@@ -107,6 +110,33 @@ def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> Non
         console.print(line, soft_wrap=True)
 
 
+def sweep_table(done: Sequence[Swept]) -> None:
+    """One row an output; below it what all of them read together."""
+    console = _console()
+    names = list(done[0].variant.values)
+    table = Table(*names, "kept, per expert", "sign conflicts")
+    table.add_column("digest", no_wrap=True)
+    table.add_column("output", no_wrap=True)
+    for each in done:
+        kept = [e.kept_fraction for e in each.report.experts if e.kept_fraction is not None]
+        conflicts = each.report.conflict_fraction
+        table.add_row(
+            *(f"{value:g}" for value in each.variant.values.values()),
+            ", ".join(f"{share:.1%}" for share in kept) or "-",
+            "-" if conflicts is None else f"{conflicts:.2%}",
+            each.report.output_digest[:16],
+            escape(str(each.path)),
+        )
+    console.print(table)
+    fresh = [each.report for each in done if not each.report.already_done]
+    read, wrote = sum(r.bytes_read for r in fresh), sum(r.bytes_written for r in fresh)
+    console.print(
+        f"{len(done)} outputs, {len(done) - len(fresh)} of them there already; read {readable(read)}, wrote "
+        f"{readable(wrote)} in {max((r.elapsed_seconds for r in fresh), default=0.0):.1f} s",
+        soft_wrap=True,
+    )
+
+
 def plan_table(report: PlanReport) -> None:
     console = _console()
     table = Table(show_header=False)
@@ -125,6 +155,7 @@ def plan_table(report: PlanReport) -> None:
         "memory": f"{readable(report.projected_bytes)} projected per worker (budget {readable(report.memory_budget)})",
         "disk": f"{readable(report.disk_needed_bytes)} needed"
         + (f", {readable(report.disk_free_bytes)} free" if report.disk_free_bytes is not None else ""),
+        **({"OUT holds": report.out_holds} if report.out_holds is not None else {}),
         "fingerprint": report.fingerprint,
     }
     for name, value in rows.items():
@@ -178,3 +209,42 @@ def inspect_table(found: Checkpoint) -> None:
     )
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def methods_document() -> list[dict[str, object]]:
+    return [
+        {
+            "name": name,
+            "summary": method.summary,
+            "reads": "once, or twice where thresholds cannot be predicted"
+            if "trim_scope" in method.options
+            else "once",
+            "parameters": [
+                {
+                    "name": p.name,
+                    "kind": p.kind,
+                    "default": p.default,
+                    "required": p.default is None and not p.ignored,
+                    "per_model": p.per_model,
+                    "note": p.note,
+                }
+                for p in method.parameters
+            ],
+            "options": sorted(method.options),
+        }
+        for name, method in METHODS.items()
+    ]
+
+
+def methods_table() -> None:
+    console = _console()
+    for found in methods_document():
+        console.print(f"{found['name']}: {found['summary']}", soft_wrap=True)
+        table = Table("parameter", "default", "per model", "")
+        for p in cast("list[dict[str, object]]", found["parameters"]):
+            default = "required" if p["required"] else str(p["default"]).lower()
+            table.add_row(str(p["name"]), default, "yes" if p["per_model"] else "", str(p["note"]))
+        console.print(table)
+        options = cast("list[str]", found["options"])
+        tail = f"; options of its own (docs/recipe.md): {', '.join(options)}" if options else ""
+        console.print(f"reads the inputs {found['reads']}{tail}\n", soft_wrap=True)

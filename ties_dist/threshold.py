@@ -117,18 +117,24 @@ def predict(magnitudes: np.ndarray, weights: np.ndarray, share: float) -> Predic
 
     magnitudes: (n,) float32. weights: (n,) float64, entries of the model that each sampled one stands for.
     """
-    order = np.argsort(magnitudes)[::-1]
-    ordered, reached = magnitudes[order], np.cumsum(weights[order])
-    total = float(reached[-1])
-    value = ordered[min(len(ordered) - 1, int(np.searchsorted(reached, share * total)))]
-    above_index = int(np.searchsorted(-ordered, -value, side="left"))
-    reach_index = int(np.searchsorted(-ordered, -value, side="right"))
-    above = float(reached[above_index - 1]) / total if above_index else 0.0
+    bits = magnitudes.view(np.uint32)
+    total = float(weights.sum())
+    # The bucket that the share falls into, by the upper bits, and then its entries alone: sorting all takes 20 times
+    # as long.
+    from_top = np.cumsum(np.bincount(bits >> COARSE_SHIFT, weights, COARSE_BUCKETS)[::-1])
+    bucket = COARSE_BUCKETS - 1 - min(int(np.searchsorted(from_top, share * total)), COARSE_BUCKETS - 1)
+    higher = float(from_top[COARSE_BUCKETS - 2 - bucket]) if bucket < COARSE_BUCKETS - 1 else 0.0
+    among = np.flatnonzero(bits >> COARSE_SHIFT == bucket)
+    low = np.bincount(bits[among] & np.uint32(FINE_BUCKETS - 1), weights[among], FINE_BUCKETS)
+    present = np.flatnonzero(low)[::-1]
+    mass = low[present]
+    reached = higher + np.cumsum(mass)
+    at = min(len(present) - 1, int(np.searchsorted(reached, share * total)))
     return Prediction(
-        value=float(value),
-        above=above,
-        equal=float(reached[reach_index - 1]) / total - above,
-        error=math.sqrt(share * (1 - share) / len(ordered)),
+        value=from_bits((bucket << COARSE_SHIFT) + int(present[at])),
+        above=float(reached[at] - mass[at]) / total,
+        equal=float(mass[at]) / total,
+        error=math.sqrt(share * (1 - share) / len(bits)),
     )
 
 

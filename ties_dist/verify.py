@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +16,13 @@ from ties_dist.executors.local import LocalExecutor
 from ties_dist.journal import unpack
 from ties_dist.passes import Forgetful, Passes
 from ties_dist.planning import Unit, readable
-from ties_dist.prepare import Job, Resources, prepare
+from ties_dist.prepare import Job, Resources, opener, prepare
 from ties_dist.progress import Progress, phase
 from ties_dist.publish import RECIPE_COPY, STATE
 from ties_dist.storage.base import BLOCK_BYTES
-from ties_dist.storage.local import LocalWriter, open_reader
-from ties_dist.work import Worker, block_digests
+from ties_dist.storage.local import LocalWriter
+from ties_dist.storage.readers import open_reader
+from ties_dist.work import MergeStep, Worker, block_digests
 
 READ_BYTES = 16 * BLOCK_BYTES
 
@@ -40,7 +40,13 @@ class VerifyReport:
 
 
 def verify(
-    out: Path, *, sample: float | None = None, sha256: bool = False, progress: Progress, resources: Resources
+    out: Path,
+    *,
+    sample: float | None = None,
+    sha256: bool = False,
+    progress: Progress,
+    resources: Resources,
+    allow_external_methods: bool = False,
 ) -> VerifyReport:
     """Check OUT against its manifest, then merge a random share of its units again.
 
@@ -52,7 +58,8 @@ def verify(
     checked, total, skipped = 0, 0, None
     if sample is None or sample > 0:
         try:
-            checked, total = _check_sample(out, manifest, 0.02 if sample is None else sample, progress, resources)
+            share = 0.02 if sample is None else sample
+            checked, total = _check_sample(out, manifest, share, progress, resources, allow_external_methods)
         except DamageError:
             raise
         except TiesDistError as error:
@@ -119,11 +126,21 @@ def _check_blocks(
 
 
 def _check_sample(
-    out: Path, manifest: Mapping[str, Any], share: float, progress: Progress, resources: Resources
+    out: Path,
+    manifest: Mapping[str, Any],
+    share: float,
+    progress: Progress,
+    resources: Resources,
+    allow_external_methods: bool,
 ) -> tuple[int, int]:
     """Merge a random share of the units again and compare digests. Returns how many, and of how many."""
     origin = manifest["origin"]
-    job = prepare(_recipe(out, origin["models"]), resources=resources, max_shard_bytes=origin["max_shard_bytes"])
+    job = prepare(
+        _recipe(out, origin["models"]),
+        resources=resources,
+        max_shard_bytes=origin["max_shard_bytes"],
+        allow_external_methods=allow_external_methods,
+    )
     if job.plan.fingerprint != manifest["fingerprint"]:
         raise CheckpointError(f"the inputs of {out} are not what they were when it was merged.")
     units = list(job.plan.units())
@@ -165,9 +182,8 @@ def _passes(job: Job, out: Path, progress: Progress) -> Passes:
     """The passes of a merge whose results go nowhere."""
     return Passes(
         plan=job.plan,
-        worker=Worker(job.plan, partial(open_reader, backend=job.resources.backend), "eager"),
+        step=MergeStep(Worker(job.plan, opener(job.plan, job.resources), "eager"), LocalWriter(out)),
         executor=LocalExecutor(job.plan.threads),
-        writer=LocalWriter(out),
         keeper=Forgetful(),
         progress=progress,
     )
@@ -175,9 +191,8 @@ def _passes(job: Job, out: Path, progress: Progress) -> Passes:
 
 def _again(passes: Passes, unit: Unit, majority: int) -> tuple[str, ...]:
     passes.select_for([unit])
-    step = passes.worker.merge_step(passes.writer)
     task = passes.task(unit, majority)
-    buffer, _, _ = step.compute(task, step.load(task))
+    buffer, _, _ = passes.step.compute(task, passes.step.load(task))
     return block_digests(buffer.data[: unit.nbytes])
 
 

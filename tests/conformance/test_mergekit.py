@@ -264,6 +264,20 @@ CASES = {
     "task arithmetic, one negated expert": Case(
         method="task_arithmetic", experts=1, per_model=weights(-1.0), oracle={"weights": (-1.0,)}
     ),
+    "dare_linear with nothing dropped": Case(
+        method="dare_linear",
+        experts=3,
+        per_model=weights(0.5, -1.0, 0.3),
+        parameters={"density": 1.0, "lambda": 0.4},
+        oracle={"weights": (0.5, -1.0, 0.3), "lam": 0.4},
+    ),
+    "dare_ties with nothing dropped": Case(
+        method="dare_ties",
+        experts=4,
+        per_model=weights(0.5, 1.0, 0.3, 0.7),
+        parameters={"density": 1.0, "lambda": 0.8},
+        oracle={"density": 1.0, "weights": (0.5, 1.0, 0.3, 0.7), "lam": 0.8, "aggregate": "sum"},
+    ),
     "linear, equal weights": Case(
         method="linear", experts=3, per_model=weights(1.0, 1.0, 1.0), oracle={"weights": (1.0, 1.0, 1.0)}
     ),
@@ -399,7 +413,7 @@ def merge_with_oracle(case: Case) -> tuple[dict[str, Array], Allowance]:
         exact = all(weight == 1.0 for weight in case.oracle["weights"]) and case.experts < 5
         allowance = Allowance(magnitude=None if exact else magnitude, gain=case.gain)
         return oracle.linear(experts, out_dtype=case.out_dtype, **case.oracle), allowance
-    if case.method == "task_arithmetic":
+    if case.method in ("task_arithmetic", "dare_linear"):
         every_delta = oracle.ties(base, experts, density=1.0, weights=case.oracle["weights"]).statistics
         allowance = Allowance(magnitude=every_delta.magnitude if case.experts >= 5 else None, gain=case.gain)
         return oracle.task_arithmetic(base, experts, out_dtype=case.out_dtype, **case.oracle), allowance

@@ -11,9 +11,10 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -21,15 +22,19 @@ import pytest
 
 import ties_dist
 from tests.conftest import Checkpoints, random_models
+from tests.fleets import ThreadFleet
 from ties_dist import engine
-from ties_dist.errors import StoppedError
-from ties_dist.executors.base import Executor, Fold, Ledger
+from ties_dist.counting import Observation
+from ties_dist.errors import StoppedError, UnitError
+from ties_dist.executors.base import Executor, Fold, Ledger, Usage
+from ties_dist.executors.fleet import MAX_ATTEMPTS, FleetExecutor
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.planning import UNITS_IN_FLIGHT, Unit
+from ties_dist.planning import UNITS_AROUND, Unit
 from ties_dist.prepare import Resources, prepare
 from ties_dist.progress import LogProgress
+from ties_dist.site import Site
 from ties_dist.threshold import Histogram, Window
-from ties_dist.work import MergeResult, MergeStep, MergeTask, Observation
+from ties_dist.work import MergeResult, MergeStep, MergeTask, Worker
 
 PROMPT_SECONDS = 20.0
 """An error or a stop that takes longer has been waited for, not raised."""
@@ -39,10 +44,16 @@ def unit(number: int) -> Unit:
     return Unit("model.safetensors", number << 20, (number + 1) << 20)
 
 
-def tasks(count: int | None = None) -> Iterator[MergeTask]:
-    """count: None for tasks without end."""
-    numbers = itertools.count() if count is None else range(count)
-    return (MergeTask(unit=unit(i), cuts={}, majority=1) for i in numbers)
+MANY = 20_000
+"""Units that take far longer than a test waits: only an error, a stop or a consumer that gives up ends such a merge."""
+
+
+def units(count: int = MANY) -> list[Unit]:
+    return [unit(i) for i in range(count)]
+
+
+def described(asked: Unit) -> MergeTask:
+    return MergeTask(unit=asked, cuts={}, majority=1)
 
 
 @dataclass
@@ -51,11 +62,14 @@ class CountingStep:
 
     fail: tuple[str, int] | None = None
     seconds: float = 0.0
+    compute_seconds: float = 0.0
     done: Counter[str] = field(default_factory=Counter)
     stored: list[Unit] = field(default_factory=list)
     computing: int = 0
     most_computing: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    worker: Any = field(default_factory=lambda: SimpleNamespace(requested_bytes=0))
+    writer: Any = field(default_factory=lambda: SimpleNamespace(sync=lambda names: None))
 
     def _enter(self, step: str, task: MergeTask) -> None:
         with self.lock:
@@ -74,6 +88,7 @@ class CountingStep:
             self.computing += 1
             self.most_computing = max(self.most_computing, self.computing)
         self._enter("compute", task)
+        time.sleep(self.compute_seconds)
         with self.lock:
             self.computing -= 1
         return f"computed {task.unit.start}"
@@ -106,7 +121,7 @@ class CountingFold:
     folded: Counter[Unit] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, unit: Unit, into: Observation) -> None:
+    def __call__(self, step: MergeStep, unit: Unit, into: Observation) -> None:
         number = unit.start >> 20
         with self.lock:
             self.folded[unit] += 1
@@ -116,10 +131,17 @@ class CountingFold:
         into.add(Observation(units={unit}, histograms={0: observed(number)}))
 
 
+NO_STEP = CountingStep().step
+
+
 class ExecutorContract:
     """Subclasses give `executor`, whose `stop` event ends it, and `window`: how many units may be under way at once."""
 
     window: int
+    failure: type[Exception] = OSError
+    """What an error of a step, a fold or a call is raised as."""
+    attempts = 1
+    """Before that."""
 
     @pytest.fixture
     def stop(self) -> threading.Event:
@@ -145,7 +167,7 @@ class ExecutorContract:
         self, count: int, executor: Executor
     ) -> None:
         step, results = CountingStep(), []
-        for result in executor.map_unordered(step.step, tasks(count)):
+        for result in executor.map_unordered(step.step, units(count), described):
             assert result.unit in step.stored
             results.append(result.unit)
         assert sorted(results) == [unit(i) for i in range(count)] == sorted(step.stored)
@@ -153,19 +175,18 @@ class ExecutorContract:
     def test_units_under_way_are_bounded(self, executor: Executor) -> None:
         drawn, yielded = [0], [0]
 
-        def counted() -> Iterator[MergeTask]:
-            for task in tasks(60):
-                drawn[0] += 1
-                assert drawn[0] - yielded[0] <= self.window
-                yield task
+        def counted(asked: Unit) -> MergeTask:
+            drawn[0] += 1
+            assert drawn[0] - yielded[0] <= self.window
+            return described(asked)
 
-        for _ in executor.map_unordered(CountingStep(seconds=0.001).step, counted()):
+        for _ in executor.map_unordered(CountingStep(seconds=0.001).step, units(60), counted):
             yielded[0] += 1
         assert yielded == [60]
 
     def test_a_slow_consumer_is_waited_for(self, executor: Executor) -> None:
         step = CountingStep()
-        results = executor.map_unordered(step.step, tasks())
+        results = executor.map_unordered(step.step, units(), described)
         next(results)
         time.sleep(0.1)
         assert step.done["load"] <= self.window + 1
@@ -174,26 +195,27 @@ class ExecutorContract:
     @pytest.mark.parametrize("failing", ["load", "compute", "store"])
     def test_an_error_is_raised_at_once_not_after_the_rest(self, failing: str, executor: Executor) -> None:
         step, began = CountingStep(fail=(failing, 10), seconds=0.001), time.monotonic()
-        with pytest.raises(OSError, match=f"{failing} of unit 10"):
-            for _ in executor.map_unordered(step.step, tasks()):  # without end: only an error ends it
+        with pytest.raises(self.failure, match=f"{failing} of unit 10"):
+            for _ in executor.map_unordered(step.step, units(), described):  # without end: only an error ends it
                 pass
         assert time.monotonic() - began < PROMPT_SECONDS
-        assert step.done["load"] <= 10 + 2 * self.window
+        assert step.done["load"] <= 10 + 2 * self.attempts * self.window
 
     def test_an_error_in_the_tasks_themselves_is_raised(self, executor: Executor) -> None:
-        def broken() -> Iterator[MergeTask]:
-            yield from tasks(5)
-            raise ValueError("no cut for a tensor")
+        def broken(asked: Unit) -> MergeTask:
+            if asked == unit(5):
+                raise ValueError("no cut for a tensor")
+            return described(asked)
 
         with pytest.raises(ValueError, match="no cut for a tensor"):
-            list(executor.map_unordered(CountingStep().step, broken()))
+            list(executor.map_unordered(CountingStep().step, units(10), broken))
 
     def test_a_stop_raises_after_everything_written_was_reported(
         self, executor: Executor, stop: threading.Event
     ) -> None:
         step, results = CountingStep(seconds=0.001), []
         with pytest.raises(StoppedError, match="Run the same command again to resume"):
-            for result in executor.map_unordered(step.step, tasks()):
+            for result in executor.map_unordered(step.step, units(), described):
                 results.append(result.unit)
                 if len(results) == 5:
                     stop.set()
@@ -204,29 +226,30 @@ class ExecutorContract:
         stop.set()
         step = CountingStep()
         with pytest.raises(StoppedError, match="stopped"):
-            list(executor.map_unordered(step.step, tasks()))
+            list(executor.map_unordered(step.step, units(), described))
         assert step.stored == []
 
     def test_a_consumer_that_gives_up_ends_the_work(self, executor: Executor) -> None:
         step = CountingStep(seconds=0.001)
-        results = executor.map_unordered(step.step, tasks())
+        results = executor.map_unordered(step.step, units(), described)
         next(results)
         cast(Any, results).close()
+        time.sleep(0.05)  # the units at hand end
         stored = len(step.stored)
-        time.sleep(0.05)
-        assert len(step.stored) == stored
+        time.sleep(0.1)
+        assert len(step.stored) == stored < MANY
 
     # reduce
 
     @pytest.mark.parametrize("count", [0, 1, 2, 5, 300])
     def test_partials_cover_every_unit_exactly_once(self, count: int, executor: Executor) -> None:
-        fold, units = CountingFold(), [unit(i) for i in range(count)]
+        fold = CountingFold()
         total, covered = Observation(), []
-        for partial in executor.reduce(fold, units):
+        for partial in executor.reduce(NO_STEP, fold, units(count)):
             covered += partial.units
             total.add(partial)
-        assert sorted(covered) == units
-        assert fold.folded == Counter(units)
+        assert sorted(covered) == units(count)
+        assert fold.folded == Counter(units(count))
         if count:
             expected = np.zeros(len(total.histograms[0].coarse), np.int64)
             expected[:count] = np.arange(1, count + 1)
@@ -234,8 +257,8 @@ class ExecutorContract:
 
     def test_an_error_in_a_fold_is_raised_at_once_not_after_the_rest(self, executor: Executor) -> None:
         fold, began = CountingFold(fail=10, seconds=0.001), time.monotonic()
-        with pytest.raises(OSError, match="unit 10 cannot be read"):
-            for _ in executor.reduce(fold, [unit(i) for i in range(5_000)]):
+        with pytest.raises(self.failure, match="unit 10 cannot be read"):
+            for _ in executor.reduce(NO_STEP, fold, units(5_000)):
                 pass
         assert time.monotonic() - began < PROMPT_SECONDS
         assert len(fold.folded) < 1000
@@ -245,20 +268,20 @@ class ExecutorContract:
     ) -> None:
         fold, covered = CountingFold(seconds=0.001), []
 
-        def stopped(unit: Unit, into: Observation) -> None:
-            fold(unit, into)
+        def stopped(step: MergeStep, unit: Unit, into: Observation) -> None:
+            fold(step, unit, into)
             if len(fold.folded) == 20:
                 stop.set()
 
         with pytest.raises(StoppedError, match="Run the same command again to resume"):
-            for partial in executor.reduce(stopped, [unit(i) for i in range(5_000)]):
+            for partial in executor.reduce(NO_STEP, stopped, units(5_000)):
                 covered += partial.units
         assert Counter(covered) == fold.folded
         assert 20 <= len(covered) < 100
 
     def test_a_reduction_that_nobody_wants_any_more_ends(self, executor: Executor) -> None:
         fold = CountingFold(seconds=0.001)
-        partials = executor.reduce(fold, [unit(i) for i in range(2_000)])
+        partials = executor.reduce(NO_STEP, fold, units(2_000))
         next(partials)
         cast(Any, partials).close()
         time.sleep(0.05)  # the units at hand end
@@ -269,50 +292,63 @@ class ExecutorContract:
     # call
 
     def test_every_call_is_answered_once(self, executor: Executor) -> None:
-        answers = list(executor.call(lambda number: number * number, range(100)))
+        answers = list(executor.call(NO_STEP, lambda _, number: number * number, range(100)))
         assert sorted(answers) == [(i, i * i) for i in range(100)]
-        assert list(executor.call(lambda number: number, [])) == []
+        assert list(executor.call(NO_STEP, lambda _, number: number, [])) == []
 
     def test_an_error_in_a_call_is_raised_at_once(self, executor: Executor) -> None:
         asked: list[int] = []
 
-        def fail(number: int) -> int:
+        def fail(_: MergeStep, number: int) -> int:
             asked.append(number)
             if number == 3:
                 raise OSError("tensor 3 cannot be read")
             time.sleep(0.001)
             return number
 
-        with pytest.raises(OSError, match="tensor 3 cannot be read"):
-            list(executor.call(fail, range(100_000)))
+        with pytest.raises(self.failure, match="tensor 3 cannot be read"):
+            list(executor.call(NO_STEP, fail, range(100_000)))
         assert len(asked) < 100
 
     def test_a_stop_ends_the_calls(self, executor: Executor, stop: threading.Event) -> None:
         answered: list[int] = []
 
-        def answer(number: int) -> int:
+        def answer(_: MergeStep, number: int) -> int:
             answered.append(number)
             if number == 10:
                 stop.set()
             return number
 
         with pytest.raises(StoppedError, match="stopped"):
-            list(executor.call(answer, range(100_000)))
+            list(executor.call(NO_STEP, answer, range(100_000)))
         assert len(answered) < 100
 
 
 class LocalExecutorContract(ExecutorContract):
     threads: int
-    window = UNITS_IN_FLIGHT
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        return self.threads + UNITS_AROUND
 
     @pytest.fixture
     def executor(self, stop: threading.Event) -> Executor:
         return LocalExecutor(self.threads, stop, partial_seconds=0.005)
 
-    def test_one_caller_computes_at_a_time(self, executor: Executor) -> None:
-        step = CountingStep(seconds=0.001)
-        list(executor.map_unordered(step.step, tasks(20)))
-        assert step.most_computing == 1
+    def test_as_many_compute_at_once_as_there_are_threads(self, executor: Executor) -> None:
+        step = CountingStep(seconds=0.01)
+        list(executor.map_unordered(step.step, units(20), described))
+        assert step.most_computing == self.threads
+
+    def test_what_is_not_computed_yet_is_dropped_when_stopped(self, executor: Executor, stop: threading.Event) -> None:
+        step = CountingStep(compute_seconds=0.2)
+        results = []
+        with pytest.raises(StoppedError):
+            for result in executor.map_unordered(step.step, units(), described):
+                results.append(result.unit)
+                stop.set()
+        assert sorted(results) == sorted(step.stored)  # what is written is told
+        assert len(results) <= 2 * self.threads
 
 
 class TestLocalExecutorWithOneThread(LocalExecutorContract):
@@ -321,6 +357,43 @@ class TestLocalExecutorWithOneThread(LocalExecutorContract):
 
 class TestLocalExecutorWithTwoThreads(LocalExecutorContract):
     threads = 2
+
+
+@dataclass
+class ThreadFleetExecutor(FleetExecutor):
+    """Its workers do what the test's own step does."""
+
+    def _with(self, step: MergeStep) -> None:
+        cast(ThreadFleet, self.fleet).step = step
+
+    def map_unordered(self, step: MergeStep, units: Any, describe: Any) -> Iterator[MergeResult]:
+        self._with(step)
+        return super().map_unordered(step, units, describe)
+
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+        self._with(step)
+        return super().reduce(step, fold, units)
+
+    def call(self, step: MergeStep, function: Any, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        self._with(step)
+        return super().call(step, function, items)
+
+
+class TestFleetExecutor(ExecutorContract):
+    window = 6
+    failure = UnitError
+    attempts = MAX_ATTEMPTS
+
+    @pytest.fixture
+    def executor(self, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
+        monkeypatch.setattr("ties_dist.executors.fleet.MESSAGE_SECONDS", 0.0)
+        monkeypatch.setattr("ties_dist.executors.fleet.FIRST_BYTES", 0)
+        monkeypatch.setattr("ties_dist.executors.fleet.ORDER_SECONDS", {"merge": 0.0, "fold": 0.01, "call": 0.0})
+        fleet = ThreadFleet(workers=2)
+        executor = ThreadFleetExecutor(fleet, stop)
+        executor.start(cast(Site, None))
+        yield executor
+        fleet.close()
 
 
 # -- the ledger -------------------------------------------------------------------------------------------------------
@@ -401,23 +474,30 @@ class UnreliableExecutor:
     rounds: int = 0
     late: list[Observation] = field(default_factory=list)
 
-    def map_unordered(self, step: MergeStep, tasks: Iterable[MergeTask]) -> Iterator[MergeResult]:
-        for result in self.inner.map_unordered(step, tasks):
+    @property
+    def usage(self) -> Usage:
+        return self.inner.usage
+
+    def start(self, site: Site) -> None:
+        self.inner.start(site)
+
+    def map_unordered(self, step: MergeStep, units: Any, describe: Any) -> Iterator[MergeResult]:
+        for result in self.inner.map_unordered(step, units, describe):
             yield result
             yield result
 
-    def reduce(self, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
         self.rounds += 1
         late, self.late = self.late, []
-        for i, found in enumerate(self.inner.reduce(fold, units)):
+        for i, found in enumerate(self.inner.reduce(step, fold, units)):
             self.late.append(copy.deepcopy(found))
             if i % 2:
                 yield copy.deepcopy(found)
                 yield copy.deepcopy(found)
             yield from (copy.deepcopy(old) for old in late)
 
-    def call(self, function: Any, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        return self.inner.call(function, items)
+    def call(self, step: MergeStep, function: Any, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        return self.inner.call(step, function, items)
 
 
 @pytest.mark.parametrize("tie_policy", ["keep_all", "exact_k"])
@@ -441,10 +521,10 @@ def test_lost_late_and_repeated_partials_change_nothing(
 @pytest.fixture
 def one_unit_a_partial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folds take longer than the time after which a partial is sent."""
-    observe: Callable[..., None] = engine.Worker.observe
+    observe: Callable[..., None] = Worker.observe
 
     def slow(*arguments: Any) -> None:
         observe(*arguments)
         time.sleep(0.001)
 
-    monkeypatch.setattr(engine.Worker, "observe", slow)
+    monkeypatch.setattr(Worker, "observe", slow)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from ties_dist.errors import CheckpointError
+from ties_dist.storage import readers
+from ties_dist.storage.backends import cached_share, direct_works
 from ties_dist.storage.base import Reader
-from ties_dist.storage.local import MappedReader, PreadReader, open_reader
 from ties_dist.storage.memory import MemoryReader
+from ties_dist.storage.readers import SMALL_READ, DirectReader, MappedReader, PreadReader, open_reader
 
 Opened = Callable[[Mapping[str, bytes]], Reader]
 
@@ -167,13 +176,184 @@ class TestPreadReader(LocalReaderContract):
             reader.read("a", 60000, 80000)
 
 
+Calls = list[tuple[bool, int]]
+"""Of preadv, in order: whether past the page cache, and how many bytes were asked for."""
+
+
+def watch(patch: pytest.MonkeyPatch, *, at_most: int | None = None, refusal: int | None = None) -> Calls:
+    """Watches preadv, and refuses unaligned direct reads as the strictest file system would.
+
+    at_most: bytes that a call gives. refusal: errno of every direct read.
+    """
+    made: Calls = []
+    preadv = os.preadv
+
+    def watched(descriptor: int, views: Sequence[memoryview], position: int) -> int:
+        (view,) = views
+        direct = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+        made.append((direct, len(view)))
+        aligned = not any(n % 4096 for n in (position, len(view), np.frombuffer(view, np.uint8).ctypes.data))
+        if direct and (refusal or not aligned):
+            raise OSError(refusal or errno.EINVAL, os.strerror(refusal or errno.EINVAL))
+        if at_most is None:
+            return preadv(descriptor, views, position)
+        return min(at_most, preadv(descriptor, [view[: -(-at_most // 4096) * 4096]], position))
+
+    patch.setattr(os, "preadv", watched)
+    return made
+
+
+def on_disk(folder: Path, content: bytes) -> Path:
+    """A file in `folder`, or a skipped test where files there cannot be read past the page cache."""
+    (folder / "a").write_bytes(content)
+    if not direct_works(folder / "a"):
+        pytest.skip(f"no direct I/O in {folder}")
+    return folder / "a"
+
+
+class TestDirectReader(TestPreadReader):
+    kind = staticmethod(DirectReader)
+
+    def test_reads_go_past_the_page_cache(self, tmp_path: Path) -> None:
+        file, size = on_disk(tmp_path, os.urandom(16 << 20)), 16 << 20
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached_share({file: size}) != 0:
+            pytest.skip(f"{tmp_path} is in memory")
+        content = bytes(DirectReader(tmp_path).read("a", 0, size).view)
+        cached = cached_share({file: size})
+        assert cached is not None and cached < 0.2  # a look leaves a page behind
+        assert content == bytes(PreadReader(tmp_path).read("a", 0, size).view)
+        assert cached_share({file: size}) == 1
+
+    @pytest.mark.parametrize(("size", "direct"), [(SMALL_READ - 1, False), (SMALL_READ, True)])
+    def test_small_reads_come_through_the_page_cache(
+        self, size: int, direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on_disk(tmp_path, CONTENT)
+        reader, calls = DirectReader(tmp_path), watch(monkeypatch)
+        assert bytes(reader.read("a", 4096, 4096 + size).view) == CONTENT[4096 : 4096 + size]
+        assert calls == [(direct, 65536 if direct else size)]
+
+    def test_every_range_is_read_in_whole_blocks(self, tmp_path: Path) -> None:
+        content = CONTENT * 5
+        on_disk(tmp_path, content)
+        reader, end = DirectReader(tmp_path), len(content)
+
+        @settings(max_examples=200, deadline=None)
+        @example((0, end))
+        @example((end - SMALL_READ, end))
+        @example((4096, end // 4096 * 4096))
+        @example((4095, 4095 + SMALL_READ))
+        @example((1, end // 4096 * 4096 + 1))
+        @given(st.tuples(st.integers(0, end), st.integers(0, end)).map(lambda pair: (min(pair), max(pair))))
+        def check(bounds: tuple[int, int]) -> None:
+            start, stop = bounds
+            with pytest.MonkeyPatch.context() as patch:
+                calls = watch(patch)
+                span = reader.read("a", start, stop)
+            assert bytes(span.view) == content[start:stop]
+            span.release()
+            if stop - start >= SMALL_READ:
+                assert calls == [(True, -(-stop // 4096) * 4096 - start // 4096 * 4096)]
+
+        check()
+
+    @pytest.mark.parametrize("at_most", [4096, 40960, 999, 5000, 50001])
+    def test_reads_that_give_less_than_asked_are_gone_on_with(
+        self, at_most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on_disk(tmp_path, CONTENT)
+        reader, calls = DirectReader(tmp_path), watch(monkeypatch, at_most=at_most)
+        for start, stop in [(0, len(CONTENT)), (4097, 4097 + SMALL_READ), (len(CONTENT) - SMALL_READ, len(CONTENT))]:
+            calls.clear()
+            assert bytes(reader.read("a", start, stop).view) == CONTENT[start:stop]
+            assert calls[0][0] and len(calls) > 1
+
+    def test_a_file_that_refuses_is_read_by_pread_and_that_is_said_once(
+        self, opened: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        reader, calls = opened({"a": CONTENT, "b": CONTENT[::-1]}), watch(monkeypatch, refusal=errno.EINVAL)
+        with caplog.at_level(logging.INFO, logger="ties_dist"), ThreadPoolExecutor(8) as pool:
+            spans = list(pool.map(lambda i: reader.read("ab"[i % 2], i, len(CONTENT) - i), range(40)))
+        for i, span in enumerate(spans):
+            assert bytes(span.view) == (CONTENT, CONTENT[::-1])[i % 2][i : len(CONTENT) - i]
+        assert [r.getMessage().split(" in ")[0] for r in caplog.records] == ["reads: no direct I/O"]
+        calls.clear()
+        reader.read("a", 0, len(CONTENT))
+        assert calls == [(False, len(CONTENT))]
+
+    def test_a_file_that_does_not_open_for_direct_reads_is_read_by_pread(
+        self, opened: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def refuse(file: Path) -> int:
+            raise OSError(errno.EINVAL, "Invalid argument", str(file))
+
+        monkeypatch.setattr(readers, "open_direct", refuse)
+        reader = opened({"a": CONTENT})
+        with caplog.at_level(logging.INFO, logger="ties_dist"):
+            for _ in range(2):
+                assert bytes(reader.read("a", 5, len(CONTENT)).view) == CONTENT[5:]
+        assert caplog.text.count("no direct I/O") == 1
+
+    def test_a_failing_disk_is_not_taken_for_a_refusal(self, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+        reader, calls = opened({"a": CONTENT}), watch(monkeypatch, refusal=errno.EIO)
+        with pytest.raises(OSError, match="Input/output error"):
+            reader.read("a", 0, len(CONTENT))
+        assert calls == [(True, 4096 * 49)]
+
+    @pytest.mark.parametrize("end", [0, 4096, 70000, len(CONTENT) - 1])
+    def test_a_large_read_of_a_file_truncated_since_is_a_checkpoint_error(
+        self, end: int, tmp_path: Path, opened: Opened
+    ) -> None:
+        reader = opened({"a": CONTENT})
+        reader.read("a", 0, len(CONTENT)).release()
+        os.truncate(tmp_path / "a", end)
+        with pytest.raises(CheckpointError, match=f"a has {end:,} bytes where at least {len(CONTENT):,} are expected"):
+            reader.read("a", 100, len(CONTENT))
+
+    def test_a_missing_file_is_not_found_by_large_reads_either(self, opened: Opened) -> None:
+        with pytest.raises(FileNotFoundError, match="missing"):
+            opened({"a": CONTENT}).read("missing", 0, len(CONTENT))
+
+    def test_no_descriptor_outlives_its_reader(self, tmp_path: Path) -> None:
+        on_disk(tmp_path, CONTENT)
+        before, reader = len(os.listdir("/proc/self/fd")), DirectReader(tmp_path)
+        reader.read("a", 0, len(CONTENT)).release()
+        reader.read("a", 0, 9).release()
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+        del reader
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    """On tmpfs, which opens files for direct I/O since Linux 6.6 and refused to before."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("backend", ["auto", "mmap", "pread", "direct"])
+def test_files_in_memory_are_read_by_every_back_end(backend: readers.Backend, memory_folder: Path) -> None:
+    (memory_folder / "a").write_bytes(CONTENT)
+    reader = open_reader(memory_folder, backend)
+    for start, stop in [*RANGES, (0, len(CONTENT)), (4097, len(CONTENT))]:
+        span = reader.read("a", start, stop)
+        assert bytes(span.view) == CONTENT[start:stop]
+        span.release()
+
+
 class TestMemoryReader(ReaderContract):
     @pytest.fixture
     def opened(self) -> Opened:
         return lambda files: MemoryReader({name: memoryview(content) for name, content in files.items()})
 
 
-def test_a_local_folder_is_mapped_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_small_local_folder_is_mapped_unless_told_otherwise(tmp_path: Path) -> None:
     assert isinstance(open_reader(tmp_path), MappedReader)
     assert isinstance(open_reader(tmp_path, "mmap"), MappedReader)
-    assert isinstance(open_reader(tmp_path, "pread"), PreadReader)
+    assert type(open_reader(tmp_path, "pread")) is PreadReader
+    assert type(open_reader(tmp_path, "direct")) is DirectReader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,3 +161,19 @@ class TestMemoryWriter(WriterContract):
     @pytest.fixture
     def writer(self) -> Writer:
         return MemoryWriter()
+
+
+def test_who_is_paused_behind_the_fence_cannot_reach_what_was_published_meanwhile(tmp_path: Path) -> None:
+    """Its successor goes on with copies; a file opened only then was the model that had just got its name."""
+    parts, final = tmp_path / "parts", tmp_path / "out"
+    parts.mkdir(), final.mkdir()
+
+    def replaced() -> None:
+        shutil.copy(parts / "model.partial", final / "model")
+        (parts / "model.partial").unlink()
+
+    writer = LocalWriter(parts, final, fence=replaced)
+    writer.create("model", 4)
+    writer.write("model", 0, memoryview(b"late"))
+    writer.close()
+    assert (final / "model").read_bytes() == bytes(4)

@@ -416,8 +416,10 @@ def test_a_checkpoint_in_the_place_of_the_recipe_is_refused(merge_job: Checkpoin
         (("--unit-size", "1MB"), ("PlanError", "--unit-size", "too small", "1MiB or more")),
         (("--unit-size", "a lot"), ("'a lot' is not a size",)),
         (("--memory-budget", "-1"), ("-1",)),
-        (("--executor", "ray"), ("--executor ray is not supported yet", "local")),
-        (("--device", "cuda"), ("--device cuda is not supported yet", "cpu")),
+        (("--executor", "ray", "--address", "ray://head:10001"), ("ties-dist submit RECIPE OUT --address http://",)),
+        (("--executor", "ray", "--worker-resource", "spot"), ("'spot' is not NAME=NUMBER",)),
+        (("--workers", "4"), ("--workers", "go with --executor ray")),
+        (("--executor", "local", "--node-label", "a=b"), ("--node-label", "go with --executor ray")),
         (("--executor", "dask"), ("dask", "auto", "local", "ray")),
         (("--semantics", "papr"), ("--semantics: no semantics 'papr'; did you mean 'paper'?",)),
         (("--unknown",), ("No such option",)),
@@ -705,7 +707,7 @@ def halve(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("backend", ["mmap", "pread", "direct"])
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -135,7 +135,7 @@ def test_json_is_one_document_with_every_promised_field(merge_job: Checkpoints, 
     assert report["bytes_written"] == sum(file.stat().st_size for file in files)
     assert report["bytes_read"] >= 2 * 3 * 4 * NUMEL  # a scan and a merge, of three models
     assert report["peak_rss_bytes"] > 50 << 20 and report["projected_bytes"] > 50 << 20
-    assert (report["units"], report["resumed_units"], report["kernel"]) == (1, 0, "eager")
+    assert (report["units"], report["resumed_units"], report["kernel"]) == (1, 0, "compiled")
 
 
 def test_notes_and_progress_go_to_standard_error(merge_job: Checkpoints, tmp_path: Path, cli: Run) -> None:
@@ -177,7 +177,8 @@ def test_names_with_brackets_are_printed_as_they_are(merge_job: Checkpoints, tmp
 def test_a_signal_stops_the_merge_and_the_same_command_resumes(
     number: signal.Signals, merge_job: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Run
 ) -> None:
-    recipe, out = merge_job(large_models()), tmp_path / "out"
+    shapes = {"a.weight": (2048, 640), "b.weight": (2048, 640)}  # 10 MiB: more units than are under way at once
+    recipe, out = merge_job(random_models(shapes, experts=2)), tmp_path / "out"
     expected = cli("merge", recipe, tmp_path / "undisturbed", "--json").document["output_digest"]
     write = LocalWriter.write
 
@@ -258,6 +259,22 @@ def test_plan_and_merge_agree(merge_job: Checkpoints, tmp_path: Path, cli: Run) 
         assert merged[name] == planned[name], name
     assert planned["read_bytes"][0] <= merged["bytes_read"] <= planned["read_bytes"][1]
     assert merged["bytes_written"] == planned["write_bytes"]
+
+
+def test_plan_says_what_out_holds(merge_job: Checkpoints, tmp_path: Path, cli: Run) -> None:
+    recipe, out = merge_job(small_models()), tmp_path / "out"
+
+    def held() -> str:
+        return str(cli("plan", recipe, out, "--json").document["out_holds"])
+
+    assert held() == "nothing"
+    cli("merge", recipe, out)
+    assert held() == "this merge, finished"
+    recipe.write_text(recipe.read_text().replace('"density": 0.2', '"density": 0.3'))
+    assert held() == "another merge, finished"
+    (tmp_path / "notes.txt").touch()
+    refused = cli("plan", recipe, tmp_path)
+    assert (refused.status, "lies in" in refused.err or "not written by" in refused.err) == (2, True)
 
 
 def test_plan_is_readable(merge_job: Checkpoints, tmp_path: Path, cli: Run) -> None:
@@ -474,3 +491,15 @@ def test_a_waiting_merge_ends_on_ctrl_c(
         lock.release()
     assert ended.status == 130
     assert "stopped while waiting" in ended.err
+
+
+def test_notes_and_errors_are_lines_of_the_log_where_that_is_structured(merge_job: Checkpoints, tmp_path: Path) -> None:
+    recipe = merge_job(random_models(SHAPES, experts=2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    told = finish(start("--log-format", "json", "merge", recipe, tmp_path / "out"))
+    assert told.status == 2
+    lines = [json.loads(line) for line in told.err.splitlines()]
+    assert "note: No semantics named" in lines[0]["message"]
+    assert lines[-1]["level"] == "error"
+    assert lines[-1]["message"].startswith("OutputError: OUT")

@@ -27,6 +27,7 @@ DEFAULT = {"unit_size": None, "threads": 1, "read_backend": "mmap", "kernel": "e
 SETTINGS: list[dict[str, object]] = [
     {"unit_size": 1 << 20, "threads": 2},
     {"unit_size": 3 << 20, "read_backend": "pread"},
+    {"unit_size": 1 << 20, "read_backend": "direct"},
     {"unit_size": 1 << 20, "kernel": "compiled"},
     {"read_backend": "pread", "kernel": "compiled"},
     {"threads": 2, "kernel": "compiled"},

@@ -28,6 +28,7 @@ ELEMENTS = 9 * 64 * 4608
 UNITS = 6
 SMALL_STEPS = {
     "ties_dist.passes:COMMIT_SECONDS": -1.0,
+    "ties_dist.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
     "ties_dist.scan:CHECKPOINT_SECONDS": -1.0,
     "ties_dist.scan:SAMPLE_SLICES": 32,
     "ties_dist.lock:LEASE_SECONDS": 1.0,
@@ -257,14 +258,15 @@ def test_a_signal_ends_a_merge_that_can_be_resumed(
 
 
 BENT = """
-import os, signal, sys
+import os, signal, sys, time
 from ties_dist import passes
 from ties_dist.storage.local import LocalWriter
-passes.COMMIT_SECONDS, number = -1.0, int(sys.argv.pop(1))
+passes.COMMIT_SECONDS, passes.SIGNS_FROM, number = -1.0, 1e9, int(sys.argv.pop(1))
 write, calls = LocalWriter.write, []
 def signalled(self, *arguments):
     calls.append(1)
     if len(calls) == 3:
+        time.sleep(0.5)  # until the ones before are journalled
         os.kill(os.getpid(), number)
     write(self, *arguments)
 LocalWriter.write = signalled

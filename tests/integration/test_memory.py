@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("backend", ["mmap", "pread", "direct"])
 def test_peak_memory_stays_within_projection_and_budget(backend: str, merge_job: Checkpoints, tmp_path: Path) -> None:
     """Inputs of 4 x 120 MB, budget 80 MiB."""
     shapes = {f"layers.{i}.weight": (3000, 4000) for i in range(4)} | {"embed.weight": (24000, 500)}

@@ -583,7 +583,7 @@ def test_a_cache_entry_that_is_not_of_these_models_is_found_out_and_repaired(
     models[2] = {name: models[0][name] + 5 * (t - models[0][name]) for name, t in models[2].items()}
     recipe, cache = merge_job(models), tmp_path / "cache"
     cli("merge", recipe, tmp_path / "one", "--cache-dir", cache)
-    one, two = sorted(cache.iterdir())
+    one, two = sorted(p for p in cache.iterdir() if p.name != "kernels")
     one.rename(cache / "aside")
     two.rename(one)
     (cache / "aside").rename(two)
@@ -602,7 +602,7 @@ def test_a_broken_cache_is_counted_anew(damage: str, merge_job: Checkpoints, tmp
     models = random_models(SHAPES, experts=1)
     recipe, cache = merge_job(models), tmp_path / "cache"
     cli("merge", recipe, tmp_path / "one", "--cache-dir", cache)
-    for entry in cache.iterdir():
+    for entry in cache.glob("[0-9a-f]*"):
         if damage == "a_file":
             shutil.rmtree(entry)
             entry.write_text("what?")

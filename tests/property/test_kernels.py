@@ -1,31 +1,29 @@
-"""The compiled loop has eager's bits, at every size, type and oddity; counters too."""
+"""The compiled loop has eager's bits, at every size, type, alignment and oddity; counters too."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ties_dist.kernels.merge import OVERFLOWS_FROM, SMALL_SLICE, MergeKernel, has_compiler
+from ties_dist.kernels.eager import OVERFLOWS_FROM, TORCH_DTYPES
+from ties_dist.kernels.loop import DType
+from ties_dist.kernels.merge import KernelKind, MergeKernel
+from ties_dist.kernels.native import KernelStore, processor
+from ties_dist.kernels.values import Slice
 from ties_dist.methods import Cut, Linear, Method, TaskArithmetic, Ties
+from ties_dist.methods.base import State
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def kernels(method: Method) -> tuple[MergeKernel, MergeKernel]:
-    return (MergeKernel(method, "eager", operand_elements=0), MergeKernel(method, "compiled", operand_elements=0))
+DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
+TWO_CUTS = [Cut(threshold=0.3, keep=0.3)] * 2
 
 
-@pytest.fixture(scope="module")
-def compiler() -> None:
-    if not has_compiler():
-        pytest.skip("no C++ compiler here")
-
-
-def values(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+def values(n: int, dtype: DType, seed: int) -> torch.Tensor:
     """Numbers of all magnitudes, with exact ties, zeros of both signs and subnormals among them."""
     draw = torch.Generator().manual_seed(seed)
     numbers = torch.randn(n, generator=draw) * 10.0 ** torch.randint(-3, 2, (n,), generator=draw)
@@ -33,85 +31,138 @@ def values(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     numbers[3::11] = 0.0
     numbers[5::13] = -0.0
     numbers[6::17] = 1e-40
-    return numbers.to(dtype)
+    return numbers.to(TORCH_DTYPES[dtype])
 
 
-@pytest.mark.slow
+def content(tensor: torch.Tensor, shift: int = 0) -> memoryview:
+    """A tensor's bytes, `shift` bytes past an aligned address."""
+    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    room = np.zeros(len(raw) + 64 + shift, dtype=np.uint8)
+    start = -room.ctypes.data % 64 + shift
+    room[start : start + len(raw)] = np.frombuffer(raw, dtype=np.uint8)
+    return memoryview(room)[start : start + len(raw)]
+
+
+def slice_of(
+    operands: list[memoryview], types: list[DType], state: State, position: int, out: memoryview, out_type: DType
+) -> Slice:
+    return Slice(operands=operands, types=tuple(types), state=state, position=position, out=out, out_type=out_type)
+
+
+def run(
+    kind: KernelKind, method: Method, operands: list[torch.Tensor], types: list[DType], state: State, out: DType,
+    position: int = 0, shift: int = 0, store: KernelStore | None = None,
+) -> tuple[list[int], bytes]:  # fmt: skip
+    experts = len(operands) - (method.operand == "delta")
+    kernel = MergeKernel(method, experts, kind, store or KernelStore(None))
+    size = operands[0].numel() * TORCH_DTYPES[out].itemsize
+    room = content(torch.full((size,), 7, dtype=torch.uint8), shift)
+    (counts,) = kernel([slice_of([content(o, shift) for o in operands], types, state, position, room, out)])
+    assert kernel.kind == ("eager" if kind == "eager" else "compiled")
+    return [int(c) for c in counts], bytes(room)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_ties_equals_eager_bit_for_bit(compiler: None, dtype: torch.dtype) -> None:
-    method = Ties()
-    eager, compiled = kernels(method)
-    for n in (0, 1, 2, SMALL_SLICE - 1, SMALL_SLICE, SMALL_SLICE + 17, 100_003):
-        base = values(n, dtype, 0)
-        experts = [values(n, dtype, i) for i in (1, 2, 3)]
-        cuts = [Cut(threshold=0.25, keep=0.25), Cut(threshold=0.5, keep=0.5000001), Cut(threshold=0.0, keep=1e-45)]
+def test_compiled_ties_equals_eager_bit_for_bit(dtype: DType, tmp_path: Path) -> None:
+    method, lanes = Ties(), processor()[2]
+    store = KernelStore(tmp_path)
+    cuts = [Cut(threshold=0.25, keep=0.25), Cut(threshold=0.5, keep=0.5000001), Cut(threshold=0.0, keep=1e-45)]
+    for n in (0, 1, 2, lanes - 1, lanes, lanes + 1, 4095, 100_003):
+        operands = [values(n, dtype, i) for i in range(4)]
         for majority in (1, -1):
             state = method.state({"lambda": 0.7}, [{"weight": w} for w in (1.0, 0.3, 0.0)], cuts, majority)
-            results = []
-            for kernel in (eager, compiled):
-                out = torch.full((n,), 7.0).to(dtype)
-                results.append((kernel(base, experts, [], state, 0, out).tolist(), out))
-            assert results[0][0] == results[1][0]
-            assert results[0][1].view(torch.uint8).equal(results[1][1].view(torch.uint8))
+            eager = run("eager", method, operands, [dtype] * 4, state, dtype)
+            assert run("compiled", method, operands, [dtype] * 4, state, dtype, store=store) == eager
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
         TaskArithmetic(),
+        TaskArithmetic(normalize=True),
         Linear(),
+        Linear(normalize=False),
         Ties(elect="count", aggregate="max", zero_sign="drop"),
         Ties(elect="none", aggregate="average"),
         Ties(weight_before_elect=False, divide_by="count", zero_sign="positive"),
+        Ties(aggregate="sum", elect="count"),
     ],
     ids=lambda m: f"{m.name}-{getattr(m, 'aggregate', '')}",
 )
-def test_compiled_methods_equal_eager_on_mixed_types(compiler: None, method: Method) -> None:
-    n = 3 * SMALL_SLICE + 5
-    base, experts = values(n, torch.float32, 0), [values(n, torch.bfloat16, 1), values(n, torch.float16, 2)]
-    cuts = [Cut(threshold=0.3, keep=0.3)] * 2
+@pytest.mark.parametrize("out", DTYPES)
+def test_compiled_methods_equal_eager_on_mixed_types(method: Method, out: DType) -> None:
+    n = 3 * 4096 + 5
+    types: list[DType] = ["float32", "bfloat16", "float16"][-2 if method.operand == "weight" else 0 :]  # type: ignore[assignment]
+    operands = [values(n, kind, i) for i, kind in enumerate(types)]
     weights = [{"weight": 0.9}, {"weight": -1.7 if method.name != "linear" else 1.7}]
-    state = method.state({"lambda": 1.3}, weights, cuts, 1)
-    outs, counts = [], []
-    for kernel in kernels(method):
-        out = torch.empty(n, dtype=torch.bfloat16)
-        counts.append(kernel(base, experts, [], state, 0, out).tolist())
-        outs.append(out)
-    assert counts[0] == counts[1]
-    assert outs[0].view(torch.int16).equal(outs[1].view(torch.int16))
+    state = method.state({"lambda": 1.3}, weights, TWO_CUTS, 1)
+    assert run("compiled", method, operands, types, state, out) == run("eager", method, operands, types, state, out)
 
 
-@pytest.mark.parametrize("kind", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_signs_taken_from_another_model_compile_too() -> None:
+    method = Ties(oracle=True)
+    operands = [values(5000, "bfloat16", i) for i in range(4)]  # base, two experts, the oracle
+    state = method.state({"lambda": 1.0}, [{"weight": 1.0}] * 2, TWO_CUTS, -1)
+    outs = []
+    for kind in ("eager", "compiled"):
+        kernel = MergeKernel(method, 2, kind)  # type: ignore[arg-type]
+        room = memoryview(bytearray(10_000))
+        (counts,) = kernel([slice_of([content(o) for o in operands], ["bfloat16"] * 4, state, 0, room, "bfloat16")])
+        outs.append((counts.tolist(), bytes(room)))
+    assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 5])
+def test_tensors_may_start_at_any_byte(shift: int) -> None:
+    operands = [values(4099, "bfloat16", i) for i in range(3)]
+    state = Ties().state({"lambda": 1.0}, [{"weight": 1.0}] * 2, TWO_CUTS, 1)
+    types: list[DType] = ["bfloat16"] * 3
+    aligned = run("compiled", Ties(), operands, types, state, "bfloat16")
+    assert run("compiled", Ties(), operands, types, state, "bfloat16", shift=shift) == aligned
+
+
+@settings(max_examples=200, deadline=None)
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), out=st.sampled_from(DTYPES[1:]))
+def test_every_float_is_rounded_as_torch_rounds_it(bits: list[int], out: DType) -> None:
+    numbers = np.array(bits, dtype=np.uint32).view(np.float32)
+    numbers = numbers[np.isfinite(numbers)]
+    state = Linear(normalize=False).state({}, [{"weight": 1.0}], [], 1)
+    _, ours = run("compiled", Linear(normalize=False), [torch.from_numpy(numbers)], ["float32"], state, out)
+    expected = (torch.from_numpy(numbers) + 0.0).to(TORCH_DTYPES[out])
+    assert ours == expected.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_inf_and_overflow_are_counted(compiler: None, kind: str, dtype: torch.dtype) -> None:
-    n = SMALL_SLICE
+def test_nan_inf_and_overflow_are_counted(kind: KernelKind, dtype: DType) -> None:
+    n = 4096
     limit = OVERFLOWS_FROM[dtype]
     base, expert = torch.zeros(n), torch.zeros(n)
     base[0], expert[1], expert[2], expert[3] = torch.nan, torch.inf, -torch.inf, torch.nan
-    if dtype != torch.float32:
+    if dtype != "float32":
         below = torch.nextafter(torch.tensor(limit), torch.tensor(0.0))
         expert[4], expert[5] = limit, below
-        assert torch.isinf(expert[4].to(dtype))
-        assert torch.isfinite(below.to(dtype))
-    kernel = MergeKernel(Linear(), kind, operand_elements=0)  # type: ignore[arg-type]
-    state = Linear().state({}, [{"weight": 1.0}], [], 1)
-    counts = kernel(base, [expert], [], state, 0, torch.empty(n, dtype=dtype)).tolist()
-    assert counts == [1, 3, 3 + (dtype != torch.float32)]
+        assert torch.isinf(expert[4].to(TORCH_DTYPES[dtype]))
+        assert torch.isfinite(below.to(TORCH_DTYPES[dtype]))
+    method = TaskArithmetic()
+    state = method.state({"lambda": 1.0}, [{"weight": 1.0}], [], 1)
+    counts, _ = run(kind, method, [base, expert], ["float32", "float32"], state, dtype)
+    assert counts == [1, 3, 4 + (dtype != "float32")]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@settings(max_examples=30, deadline=None)
 @given(n=st.integers(0, 300), cuts=st.lists(st.integers(0, 300), max_size=4), seed=st.integers(0, 2**16))
-def test_results_and_counts_do_not_depend_on_how_a_slice_is_cut(n: int, cuts: list[int], seed: int) -> None:
+def test_results_and_counts_do_not_depend_on_how_a_slice_is_cut(
+    kind: KernelKind, n: int, cuts: list[int], seed: int
+) -> None:
     method = Ties()
-    kernel = MergeKernel(method, "eager", operand_elements=0)
-    base, experts = values(n, torch.bfloat16, seed), [values(n, torch.bfloat16, seed + i) for i in (1, 2)]
+    operands = [values(n, "bfloat16", seed + i) for i in range(3)]
+    types: list[DType] = ["bfloat16"] * 3
     state = method.state({"lambda": 1.0}, [{"weight": 1.0}] * 2, [Cut(threshold=0.5, keep=0.5)] * 2, 1)
-    whole = torch.empty(n, dtype=torch.bfloat16)
-    expected = kernel(base, experts, [], state, 0, whole)
-    pieces, total = torch.empty(n, dtype=torch.bfloat16), torch.zeros_like(expected)
-    bounds = sorted({0, n, *(min(c, n) for c in cuts)})
-    for start, stop in itertools.pairwise(bounds):
-        total += kernel(base[start:stop], [e[start:stop] for e in experts], [], state, start, pieces[start:stop])
-    assert total.equal(expected) or n == 0
-    assert pieces.view(torch.int16).equal(whole.view(torch.int16))
+    whole = run("eager", method, operands, types, state, "bfloat16")
+    total, written = np.zeros(len(whole[0]), np.int64), b""
+    for start, stop in itertools.pairwise(sorted({0, n, *(min(c, n) for c in cuts)})):
+        counts, piece = run(kind, method, [o[start:stop] for o in operands], types, state, "bfloat16", start)
+        total, written = total + np.array(counts), written + piece
+    assert (total.tolist(), written) == whole or n == 0

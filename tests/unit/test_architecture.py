@@ -39,11 +39,12 @@ def test_layout_and_plan_open_no_file() -> None:
 
 LAYERS = [
     {"errors", "parameter", "document", "settings", "models", "options", "dialect", "recipe"},
-    {"checkpoint", "congruence", "methods", "storage", "threshold", "kernels"},
-    {"layout", "planning", "work"},
-    {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"},
+    {"header", "checkpoint", "congruence", "methods", "storage", "threshold", "kernels"},
+    {"layout", "planning", "counting", "work"},
+    {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"}
+    | {"site", "preflight"},
     {"scan", "passes", "engine", "verify"},
-    {"api", "tables", "cli", "__main__", "__init__"},
+    {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "cli", "__main__", "__init__"},
 ]
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.checkpoints import SHAPES, Family, assign_shards, header, write_family
+from benchmarks.checkpoints import Family, write_family
 from benchmarks.measure import run, table
+from benchmarks.shapes import SHAPES, assign_shards, header
 from benchmarks.vs_peers import ulps_apart
 
 SMALL = {"a.norm.weight": (7,), "b.weight": (300, 500), "c.weight": (64, 64)}

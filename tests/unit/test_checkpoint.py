@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_128_hexdigest
 
-from ties_dist.checkpoint import MAX_HEADER_BYTES, Checkpoint, TensorEntry, open_checkpoint
+from ties_dist.checkpoint import MAX_HEADER_BYTES, Checkpoint, open_checkpoint
 from ties_dist.errors import CheckpointError
+from ties_dist.header import TensorEntry
 
 
 class MemorySpan:

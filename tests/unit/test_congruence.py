@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from ties_dist.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry
+from ties_dist.checkpoint import Checkpoint
 from ties_dist.congruence import EqualCheck, MergeSet, OutputTensor, compare
 from ties_dist.errors import CheckpointError
+from ties_dist.header import DTYPE_BITS, TensorEntry
 
 Shape = tuple[int, ...]
 

@@ -96,9 +96,13 @@ def test_units_end_at_absolute_multiples_so_that_resumed_ranges_fit() -> None:
 
 def test_a_budget_too_small_says_what_would_do() -> None:
     with pytest.raises(PlanError, match=r"--memory-budget 1MiB is too small.*to at least \d"):
-        fit_unit_bytes(asked=None, budget=1 << 20, threads=2, method=Ties(), tensors=[], operands=[])
+        fit_unit_bytes(
+            asked=None, budget=1 << 20, threads=2, method=Ties(), tensors=[], operands=[], units=1, outputs=1
+        )
     with pytest.raises(PlanError, match="--unit-size 4KiB is too small"):
-        fit_unit_bytes(asked=4096, budget=1 << 30, threads=2, method=Linear(), tensors=[], operands=[])
+        fit_unit_bytes(
+            asked=4096, budget=1 << 30, threads=2, method=Linear(), tensors=[], operands=[], units=1, outputs=1
+        )
 
 
 def test_sizes_read_as_a_person_writes_them() -> None:

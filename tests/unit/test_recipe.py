@@ -692,7 +692,7 @@ def test_a_recipe_of_slices_is_refused_for_its_slices_alone(load: Load) -> None:
     ]
 
 
-@pytest.mark.parametrize("method", ["slerp", "dare_ties", "della", "breadcrumbs", "model_stock", "passthrough"])
+@pytest.mark.parametrize("method", ["slerp", "della_linear", "della", "breadcrumbs", "model_stock", "passthrough"])
 def test_mergekit_methods_not_supported_yet_are_refused_by_name(load: Load, method: str) -> None:
     message = rf'merge_method "{method}" is a mergekit method that ties_dist does not support yet'
     with pytest.raises(RecipeError, match=message):

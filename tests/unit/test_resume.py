@@ -17,16 +17,19 @@ import torch
 
 import ties_dist
 from tests.drills.jobs import late_majority, write_job
-from ties_dist import resume
-from ties_dist.errors import CheckpointError, LockedError, OutputError, PlanError, StoppedError
+from ties_dist import engine, resume
+from ties_dist.errors import CheckpointError, ClusterError, LockedError, OutputError, PlanError, StoppedError
+from ties_dist.executors.local import LocalExecutor
 from ties_dist.journal import Journal
 from ties_dist.lock import RunLock
+from ties_dist.planning import Unit
 from ties_dist.prepare import prepare
 from ties_dist.report import MergeReport
+from ties_dist.site import Site
 from ties_dist.statistics import StatisticsStore
 from ties_dist.storage.local import LocalWriter, copy_sparse
 from ties_dist.threshold import Histogram, Window
-from ties_dist.work import MergeResult, Worker
+from ties_dist.work import MergeResult, MergeTask, Worker
 
 MIB = 1 << 20
 ELEMENTS = 9 * 64 * 4608
@@ -40,7 +43,8 @@ def models() -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every unit is journalled as soon as it is written, and a small sample is enough."""
+    """Every unit is journalled as soon as it is written; a small sample is enough, and does not tell the majority."""
+    monkeypatch.setattr("ties_dist.passes.SIGNS_FROM", 1e9)
     monkeypatch.setattr("ties_dist.passes.COMMIT_SECONDS", -1.0)
     monkeypatch.setattr("ties_dist.scan.SAMPLE_SLICES", 16)
 
@@ -133,8 +137,8 @@ def test_resuming_with_other_resources_gives_the_same_bytes(
     assert report.output_digest == digest(recipe)
 
 
-def test_a_chain_of_interruptions_loses_nothing(models: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:
-    recipe, out = write_job(tmp_path, models), tmp_path / "out"
+def test_a_chain_of_interruptions_loses_nothing(tmp_path: Path) -> None:
+    recipe, out = write_job(tmp_path, late_majority(6 * ELEMENTS)), tmp_path / "out"
     sizes = [MIB, 3 * MIB, MIB, 2 * MIB]
     journalled = [interrupt(recipe, out, after=1, unit_size=size) for size in sizes]
     assert journalled == sorted(journalled) and journalled[0] > 0
@@ -320,7 +324,7 @@ def test_a_stop_while_journalled_blocks_are_read_again_is_obeyed(
     reads: list[int] = []
     with calling(LocalWriter, "read", reads.append):
         assert interrupt(recipe, out, after=2, at=(LocalWriter, "read")) == journalled
-    assert len(reads) == 2 < journalled
+    assert 2 <= len(reads) <= journalled  # several threads read
     assert merge(recipe, out).output_digest == digest(recipe)
 
 
@@ -352,6 +356,60 @@ def test_a_run_that_lost_out_writes_nothing_more(models: list[dict[str, torch.Te
     assert len(writes) <= 3  # one may have been under way
     (out / ".ties_dist" / "lock").unlink()
     assert merge(recipe, out).output_digest == digest(recipe)
+
+
+@pytest.mark.parametrize("error", [PlanError("some nodes cannot do this merge"), ClusterError("no worker was ready")])
+def test_a_run_that_lost_out_says_so_whatever_it_finds_missing(
+    models: list[dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Its workers are asked for while it is paused: they come to a folder that its successor has tidied away."""
+    recipe, out = write_job(tmp_path, models), tmp_path / "out"
+
+    def start(executor: LocalExecutor, site: Site) -> None:
+        (out / ".ties_dist" / "lock").unlink()
+        raise error
+
+    monkeypatch.setattr(LocalExecutor, "start", start)
+    with pytest.raises(LockedError, match=r"this run lost .* to another run, which goes on with the same work"):
+        merge(recipe, out)
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_what_a_lost_worker_still_has_on_its_way_reaches_no_file_in_use(
+    models: list[dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Half of its write has arrived when the merge is done, half after the end; its guess has been corrected since."""
+    recipe, out = write_job(tmp_path, models), tmp_path / "out"
+    units: list[Unit] = []
+    executors: list[LocalExecutor] = []
+    late: list[int] = []
+
+    def start(executor: LocalExecutor, site: Site) -> None:
+        executors.append(executor)
+        units.extend(site.plan.units())
+
+    def arrive(*_: object) -> None:
+        task = MergeTask(unit=units[2], cuts={}, majority=1)
+        executors[0].usage.unanswered[1] = (task,)
+        late.append(os.open(part(out), os.O_WRONLY))
+        os.pwrite(late[0], b"merged with a guess that was wrong", units[2].start)
+        if ends == "badly":
+            raise OutputError("the disk is full.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalExecutor, "start", start)
+        patched.setattr(engine, "_check_inputs", arrive)
+        if ends == "well":
+            merge(recipe, out)
+        else:
+            with pytest.raises(OutputError, match=r"the disk is full\."):
+                merge(recipe, out)
+    report = merge(recipe, out)
+    os.pwrite(late[0], b"merged with a guess that was wrong", units[2].start)
+    os.close(late[0])
+    assert report.already_done == (ends == "well")
+    assert report.output_digest == digest(recipe)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
 
 
 def test_what_a_replaced_run_still_has_on_its_way_reaches_no_file_in_use(

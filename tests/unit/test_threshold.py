@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equal, loadable
+from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equal
+from ties_dist.kernels.loop import DType
+from ties_dist.kernels.values import loadable as as_counted
 from ties_dist.threshold import (
     NO_WINDOW,
     Histogram,
@@ -22,6 +24,15 @@ from ties_dist.threshold import (
     split_points,
     to_bits,
 )
+
+
+def loadable(tensor: torch.Tensor) -> np.ndarray:
+    kinds: dict[torch.dtype, DType] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return as_counted(memoryview(tensor.view(torch.uint8).numpy().tobytes()), kinds[tensor.dtype])
 
 
 def counted(base: torch.Tensor, expert: torch.Tensor, window: Window) -> Histogram:

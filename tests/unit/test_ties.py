@@ -13,15 +13,23 @@ from ties_dist.methods.base import State
 ZERO = torch.tensor(0)
 
 
+def tensors(state: State) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in state.items()}
+
+
 def state_of(
     method: Ties, *, cuts: list[float], weights: list[float] | None = None, lam: float = 1.0, majority: int = 1
-) -> State:
+) -> dict[str, torch.Tensor]:
     experts = [{"weight": w} for w in (weights or [1.0] * len(cuts))]
-    return method.state({"lambda": lam}, experts, [Cut(threshold=c, keep=c) for c in cuts], majority)
+    return tensors(method.state({"lambda": lam}, experts, [Cut(threshold=c, keep=c) for c in cuts], majority))
 
 
 def merged(
-    method: Ties, base: list[float], deltas: list[list[float]], state: State, extras: list[list[float]] | None = None
+    method: Ties,
+    base: list[float],
+    deltas: list[list[float]],
+    state: dict[str, torch.Tensor],
+    extras: list[list[float]] | None = None,
 ) -> list[float]:
     result, _ = method.merge(
         torch.tensor(base), [torch.tensor(d) for d in deltas], [torch.tensor(e) for e in extras or []], state, ZERO
@@ -30,7 +38,7 @@ def merged(
     return values
 
 
-def counts(method: Ties, deltas: list[list[float]], state: State) -> dict[str, int]:
+def counts(method: Ties, deltas: list[list[float]], state: dict[str, torch.Tensor]) -> dict[str, int]:
     _, found = method.merge(torch.zeros(len(deltas[0])), [torch.tensor(d) for d in deltas], [], state, ZERO)
     return dict(zip(method.counters(len(deltas)), (int(c) for c in found), strict=True))
 
@@ -159,7 +167,7 @@ def test_mergekit_keeps_at_least_one_entry() -> None:
 def test_task_arithmetic_by_hand() -> None:
     # 1 + 0.5 * (2 * 3 - 1 * 4) = 2
     method = TaskArithmetic()
-    state = method.state({"lambda": 0.5}, [{"weight": 2.0}, {"weight": -1.0}], [], 1)
+    state = tensors(method.state({"lambda": 0.5}, [{"weight": 2.0}, {"weight": -1.0}], [], 1))
     result, _ = method.merge(torch.tensor([1.0]), [torch.tensor([3.0]), torch.tensor([4.0])], [], state, ZERO)
     assert result.tolist() == [2.0]
 
@@ -168,7 +176,11 @@ def test_linear_by_hand_and_refuses_weights_that_cancel() -> None:
     method = Linear()
     experts = [{"weight": 1.0}, {"weight": 3.0}]
     result, _ = method.merge(
-        torch.tensor([0.0]), [torch.tensor([2.0]), torch.tensor([6.0])], [], method.state({}, experts, [], 1), ZERO
+        torch.tensor([0.0]),
+        [torch.tensor([2.0]), torch.tensor([6.0])],
+        [],
+        tensors(method.state({}, experts, [], 1)),
+        ZERO,
     )
     assert result.tolist() == [5.0]
     with pytest.raises(ValueError, match="the weights sum to 0"):

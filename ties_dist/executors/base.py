@@ -6,38 +6,99 @@ unit once, drops what overlaps, and knows what is missing (design.md, "Sums must
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from ties_dist.counting import Observation
+from ties_dist.errors import StoppedError
 from ties_dist.planning import Unit
-from ties_dist.work import MergeResult, MergeStep, MergeTask, Observation
+from ties_dist.site import Site
+from ties_dist.work import MergeResult, MergeStep, MergeTask
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Stop(Protocol):
+    """What `threading.Event` has of this."""
+
+    def is_set(self) -> bool: ...
+
+
+def check_stop(stop: Stop) -> None:
+    """Raises StoppedError where that is set."""
+    if stop.is_set():
+        raise StoppedError("stopped; everything finished is kept. Run the same command again to resume.")
+
+
 class Fold(Protocol):
     """Counts units into an accumulator; run in parallel, each caller with its own accumulator."""
 
-    def __call__(self, unit: Unit, into: Observation) -> None: ...
+    def __call__(self, step: MergeStep, unit: Unit, into: Observation, /) -> None: ...
 
 
 class Call(Protocol[Item, Result]):  # type: ignore[misc]
-    def __call__(self, item: Item, /) -> Result: ...
+    def __call__(self, step: MergeStep, item: Item, /) -> Result: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where to run, and what of it to take.
+
+    address: `auto` joins a running cluster or starts one on this machine; `local` starts one; else HOST:PORT. workers:
+    None for as many as fit. resources, labels: what the nodes of workers must have, as Ray spells it. start_seconds:
+    how long no worker at all is waited for.
+    """
+
+    address: str = "auto"
+    workers: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    start_seconds: float = 300.0
+
+
+@dataclass
+class Usage:
+    """Of the other processes that an executor runs, if it does. peak_rss_bytes: of the largest of them.
+
+    elsewhere: whether they write, so that a write may outlive this process. unanswered: merges that were given out, by
+    order; where a worker was lost with one, bytes of it may reach the disk at any time.
+    """
+
+    workers: int | None = None
+    requested_bytes: int = 0
+    peak_rss_bytes: int = 0
+    elsewhere: bool = False
+    unanswered: dict[int, tuple[MergeTask, ...]] = field(default_factory=dict)
 
 
 class Executor(Protocol):
-    name: str
+    """Who does the work. `step` does it in this process; what runs elsewhere has a step of its own (`Site.open`)."""
 
-    def map_unordered(self, step: MergeStep, tasks: Iterable[MergeTask]) -> Iterator[MergeResult]:
-        """Merge units with a bounded window; results in any order, each after its bytes are written."""
+    name: str
+    usage: Usage
+
+    def start(self, site: Site) -> None:
+        """Called once, before anything is asked for. Raises ClusterError, PlanError where the work cannot be done."""
         ...
 
-    def reduce(self, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def map_unordered(
+        self, step: MergeStep, units: Iterable[Unit], describe: Callable[[Unit], MergeTask]
+    ) -> Iterator[MergeResult]:
+        """Merge units with a bounded window; results in any order, each after its bytes are written.
+
+        describe: called for a unit when its turn has come.
+        """
+        ...
+
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
         """Partials that together cover the units, a few seconds apart, in any order."""
         ...
 
-    def call(self, function: Call[Item, Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+    def call(
+        self, step: MergeStep, function: Call[Item, Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
         """Small independent calls (per-tensor selections, tie counts), results in any order."""
         ...
 

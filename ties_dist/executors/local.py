@@ -1,8 +1,8 @@
 """One process on one machine: a first-class peer of the cluster executor, without its start-up.
 
-Threads that each call a compiled CPU kernel do not overlap, since its wrapper keeps the GIL (facts.md): one caller
-computes, with OpenMP inside the kernel, and I/O threads read ahead and write behind it. Counting is numba without the
-GIL, so there threads do scale.
+A thread takes a unit through all its steps: it reads, waits for its turn to compute, computes, and writes. As many
+compute at once as there are cores (kernels and counting run without the GIL); a few more threads keep the disks busy
+meanwhile, and their number bounds the buffers.
 """
 
 from __future__ import annotations
@@ -11,60 +11,99 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ties_dist.errors import StoppedError
-from ties_dist.executors.base import Call, Fold, Item, Result
-from ties_dist.planning import Unit
-from ties_dist.work import Loaded, MergeResult, MergeStep, MergeTask, Observation
+from ties_dist.counting import Observation
+from ties_dist.executors.base import Call, Fold, Item, Result, Stop, Usage, check_stop
+from ties_dist.planning import UNITS_AROUND, Unit
+from ties_dist.site import Site
+from ties_dist.work import MergeResult, MergeStep, MergeTask
 
-READ_AHEAD = 2
-WRITE_BEHIND = 2
 PARTIAL_SECONDS = 5.0
 """How long a counting thread keeps its counts to itself."""
 
 
 @dataclass
 class LocalExecutor:
-    """threads: of compute and counting. stop: set by a signal; the current unit ends, then StoppedError is raised."""
+    """threads: of compute and counting. stop: set by a signal; units being computed end, then StoppedError is raised.
+
+    computing: units computed at once, where not one per thread: the slots of the GPUs.
+    """
 
     threads: int
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop: Stop = field(default_factory=threading.Event)
     partial_seconds: float = field(default_factory=lambda: PARTIAL_SECONDS)
+    computing: int | None = None
     name: str = "local"
+    usage: Usage = field(default_factory=Usage)
+    _turns: threading.Semaphore = field(init=False)
+    """Whose turn it is to compute."""
+    _room: threading.Semaphore = field(init=False)
+    """For units in memory."""
 
-    def map_unordered(self, step: MergeStep, tasks: Iterable[MergeTask]) -> Iterator[MergeResult]:
-        loads: deque[tuple[MergeTask, Future[Loaded]]] = deque()
-        stores: set[Future[MergeResult]] = set()
-        source = iter(tasks)
-        with (
-            ThreadPoolExecutor(READ_AHEAD, "read") as readers,
-            ThreadPoolExecutor(WRITE_BEHIND, "write") as writers,
-        ):
+    def __post_init__(self) -> None:
+        self._turns, self._room = threading.Semaphore(self.at_once), threading.Semaphore(self.window)
+
+    @property
+    def at_once(self) -> int:
+        return self.computing or self.threads
+
+    @property
+    def window(self) -> int:
+        return self.at_once + UNITS_AROUND
+
+    def beside(self, stop: Stop) -> LocalExecutor:
+        """Another that is stopped by itself, and shares cores and memory with this one."""
+        other = replace(self, stop=stop)
+        other._turns, other._room = self._turns, self._room
+        return other
+
+    def start(self, site: Site) -> None:
+        """Nothing to do: this process is what there is."""
+
+    def map_unordered(
+        self, step: MergeStep, units: Iterable[Unit], describe: Callable[[Unit], MergeTask]
+    ) -> Iterator[MergeResult]:
+        source = map(describe, units)
+        given_up = threading.Event()
+        running: set[Future[MergeResult | None]] = set()
+
+        def work(task: MergeTask) -> MergeResult | None:
+            with self._room:
+                loaded = step.load(task)
+                with self._turns:
+                    if self.stop.is_set() or given_up.is_set():
+                        return None
+                    computed = step.compute(task, loaded)
+                return step.store(task, computed)
+
+        failure: BaseException | None = None
+        with ThreadPoolExecutor(self.window, "merge") as pool:
             try:
-                while not self.stop.is_set():
-                    while len(loads) < READ_AHEAD and (task := next(source, None)) is not None:
-                        loads.append((task, readers.submit(step.load, task)))
-                    if not loads:
+                while True:
+                    ending = failure is not None or self.stop.is_set()
+                    while not ending and len(running) < self.window and (task := next(source, None)) is not None:
+                        running.add(pool.submit(work, task))
+                    if not running:
                         break
-                    task, load = loads.popleft()
-                    computed = step.compute(task, load.result())
-                    stores.add(writers.submit(step.store, task, computed))
-                    if len(stores) >= WRITE_BEHIND:
-                        wait(stores, return_when=FIRST_COMPLETED)
-                    for done in [s for s in stores if s.done()]:
-                        stores.remove(done)
-                        yield done.result()
-                for future in stores:
-                    yield future.result()
+                    ended, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        if (error := future.exception()) is not None:
+                            failure = failure or error
+                            given_up.set()
+                        elif (result := future.result()) is not None:
+                            yield result  # also beside a failure: what is written need not be done again
             finally:
-                for _, load in loads:
-                    load.cancel()
-        self._check_stop()
+                given_up.set()
+                for future in running:
+                    future.cancel()
+        if failure is not None:
+            raise failure
+        check_stop(self.stop)
 
-    def reduce(self, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
         waiting = iter(units)
         taking = threading.Lock()
         partials: queue.Queue[Observation | BaseException | None] = queue.Queue()
@@ -77,7 +116,8 @@ class LocalExecutor:
                         unit = next(waiting, None)
                     if unit is None:
                         break
-                    fold(unit, partial)
+                    with self._turns:
+                        fold(step, unit, partial)
                     if time.monotonic() - began > self.partial_seconds:
                         partials.put(partial)
                         partial, began = Observation(), time.monotonic()
@@ -108,16 +148,18 @@ class LocalExecutor:
                 waiting = iter(())  # where the caller gave up, the threads do too
         if failure is not None:
             raise failure
-        self._check_stop()
+        check_stop(self.stop)
 
-    def call(self, function: Call[Item, Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+    def call(
+        self, step: MergeStep, function: Call[Item, Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
         with ThreadPoolExecutor(self.threads, "call") as pool:
             window: deque[tuple[Item, Future[Result]]] = deque()
             try:
                 for item in items:
-                    window.append((item, pool.submit(function, item)))
+                    window.append((item, pool.submit(function, step, item)))
                     if len(window) > 2 * self.threads:
-                        self._check_stop()
+                        check_stop(self.stop)
                         first, future = window.popleft()
                         yield first, future.result()
                 for first, future in window:
@@ -125,7 +167,3 @@ class LocalExecutor:
             finally:
                 for _, future in window:
                     future.cancel()
-
-    def _check_stop(self) -> None:
-        if self.stop.is_set():
-            raise StoppedError("stopped; everything finished is kept. Run the same command again to resume.")

@@ -5,7 +5,7 @@
 releases the GIL, so that threads count in parallel.
 
 Inputs are flat arrays of one slice as they lie in the file: float32, or uint16 holding bfloat16; float16 is widened by
-the caller (`loadable`).
+the caller (`values.loadable`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
@@ -49,12 +48,24 @@ def count_magnitudes(base: Any, expert: Any, coarse: Any, fine: Any, fine_start:
     the bit patterns from `fine_start` (uint32) on; m may be 0.
     """
     width = np.uint32(fine.size)
+    if base.size < fine.size:
+        for i in range(base.size):
+            bits = _as_bits(_load(expert, i) - _load(base, i)) & np.uint32(0x7FFFFFFF)
+            coarse[bits >> np.uint32(16)] += 1
+            place = np.uint32(bits - fine_start)
+            if place < width:
+                fine[place] += 1
+        return
+    # What lies outside of the window is counted, too, in two places behind it that take turns: a branch on it is
+    # guessed wrong half of the time (10.0 against 5.7 ms for 4M elements of bf16 models).
+    counted = np.zeros(fine.size + 2, np.int64)
     for i in range(base.size):
         bits = _as_bits(_load(expert, i) - _load(base, i)) & np.uint32(0x7FFFFFFF)
         coarse[bits >> np.uint32(16)] += 1
         place = np.uint32(bits - fine_start)
-        if place < width:
-            fine[place] += 1
+        counted[place if place < width else np.uint32(width + np.uint32(i & 1))] += 1
+    for i in range(fine.size):
+        fine[i] += counted[i]
 
 
 @njit(nogil=True, cache=True)
@@ -77,10 +88,3 @@ def find_equal(base: Any, expert: Any, pattern: Any, rank: Any) -> Any:
                 return i
             rank -= 1
     return -1
-
-
-def loadable(values: torch.Tensor) -> np.ndarray:
-    """A (n,) float tensor as the counters take it: bfloat16 as uint16 without a copy, float16 widened to float32."""
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.uint16).numpy()
-    return values.to(torch.float32).numpy()

@@ -1,205 +1,152 @@
-"""The merge of one slice: a method's plain torch function, compiled into one fused loop, or run eagerly.
+"""The merge of one slice: a method's plain torch function as one compiled loop, or, where that cannot be, eagerly.
 
-`torch.compile(dynamic=True)` gives one C++/OpenMP loop with trim, election, mean, counters and cast in it, 20 to 50
-times faster than eager and with the same bits (tests/property). Compiling costs seconds, so small merges run eagerly,
-in blocks that stay in the cache. One compute thread calls it: the generated wrapper keeps the GIL (facts.md).
+A kernel is compiled once per (method, types, number of experts) and kept on disk; every number enters as data. torch is
+imported only to trace a function that is not there yet, or to run one eagerly: 1.5 s that most merges never spend.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Literal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+import xxhash
 
-from ties_dist.methods.base import Method, State, count
+from ties_dist.errors import PlanError
+from ties_dist.kernels.loop import ITEM_BYTES, DType, Loop
+from ties_dist.kernels.native import KernelStore, NativeKernel, compile_loop, load, runs_here
+from ties_dist.kernels.values import Slice, flat
+from ties_dist.methods.base import Method, State
+
+if TYPE_CHECKING:
+    from ties_dist.kernels.cuda import Gpus
+    from ties_dist.kernels.eager import Fused
 
 KernelKind = Literal["auto", "compiled", "eager"]
 
 logger = logging.getLogger(__name__)
 
-EAGER_BLOCK = 1 << 15
-"""Elements: temporaries stay in the second-level cache, and torch does not split an operation over threads, whose
-barriers cost 20 times the work on a busy machine."""
-SMALL_SLICE = 4096
-"""Elements: shorter slices never reach the compiler (it specialises on sizes 0 and 1, and a call costs more)."""
-COMPILE_FROM = 192 << 20
-"""Operand elements (d x experts): below this, eager finishes before the compiler would."""
-
-LARGE_SLICE = 1 << 26
-"""Elements: longer slices are cut, so that no 32-bit counter overflows."""
-ONE_LOOP = {
-    "max_fusion_size": 4096,
-    "realize_opcount_threshold": 1_000_000,
-    "realize_reads_threshold": 1_000_000,
-    "realize_acc_reads_threshold": 1_000_000,
-}
-"""The compiler's defaults split a loop of this many operations in two and pass masks between them through memory: 223
-instead of 40 ms for 8M elements of base + 3 (one thread)."""
-
-Fused = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], State, Tensor], tuple[Tensor, Tensor]]
-
-# Inputs are read-only views of maps; kernels never write to them.
-warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writ", category=UserWarning)
-warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed", category=UserWarning)
+PACKAGE = Path(__file__).parent.parent
+OWN_METHODS = "ties_dist.methods."
 
 
-def fuse(method: Method, dtype: torch.dtype) -> Fused:
-    """The whole arithmetic of a slice as one function of tensors, ready for the compiler.
-
-    base: (n,), experts and extras: (n,) each, as stored; state, position: see Method.merge.
-    Returns the result, (n,) of `dtype`, and int32 counters: non-finite entries of base, of each expert, of each extra,
-    of the result, then the method's own. For methods on weights, `base` is any tensor of the slice's length.
-
-    The result is returned and copied: written into an argument it takes the compiler another pass (33 against 22 ms).
-    """
-
-    def merge_slice(
-        base: Tensor, experts: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        theta = base.to(torch.float32)
-        operands = [e.to(torch.float32) for e in experts]
-        side = [e.to(torch.float32) for e in extras]
-        bad = [count_beyond(x, torch.inf) for x in (theta, *operands, *side)]
-        if method.operand == "delta":
-            operands = [x - theta for x in operands]
-            side = [x - theta for x in side]
-        merged, counts = method.merge(theta, operands, side, state, position)
-        counters = torch.stack([*bad, count_beyond(merged, OVERFLOWS_FROM[dtype]), *counts])
-        return merged.to(dtype), counters  # the one cast: round-to-nearest-even
-
-    return merge_slice
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    """Digest of everything that a method's loop follows from, where the method is one of ours."""
+    files = sorted([*(PACKAGE / "kernels").glob("*.py"), *(PACKAGE / "methods").glob("*.py")])
+    return xxhash.xxh3_128_hexdigest(b"\0".join(file.read_bytes() for file in files))
 
 
-EAGERLY = "running eagerly, 20 times slower. Install a C++ compiler (g++)."
-
-OVERFLOWS_FROM = {torch.float32: torch.inf, torch.bfloat16: 2.0**128 - 2.0**119, torch.float16: 65520.0}
-"""Smallest magnitude that round-to-nearest-even turns into Inf: the largest finite value plus half a unit."""
-
-
-def count_beyond(values: Tensor, limit: float) -> Tensor:
-    """How many of (n,) float32 are NaN or not below `limit` in magnitude, 0-d int32.
-
-    On float32 before the cast: the compiler elides a cast to 16 bits and back, and with it the overflow.
-    """
-    return count(~(values.abs() < limit))
-
-
-def wants_compiler(kind: KernelKind, operand_elements: int) -> bool:
-    """Whether a merge of so many operand elements is to be compiled, where there is a compiler."""
-    return kind == "compiled" or (kind == "auto" and operand_elements >= COMPILE_FROM)
-
-
+@dataclass
 class MergeKernel:
-    """Callable for all slices of one merge. `kind` is what runs: 'compiled' or 'eager'."""
+    """Merges the slices of one merge, from any thread.
 
-    def __init__(self, method: Method, kind: KernelKind, *, operand_elements: int) -> None:
-        self._method = method
-        self._fused: dict[torch.dtype, tuple[Fused, Fused]] = {}
-        compiled = wants_compiler(kind, operand_elements) and has_compiler()
-        self.kind: Literal["compiled", "eager"] = "compiled" if compiled else "eager"
+    wanted: 'auto' compiles; 'eager' never does. gpus: where slices are merged, instead of on the processor. `kind` is
+    what runs: 'compiled', 'eager' or 'cuda'.
+    """
 
-    def warm_up(
-        self,
-        base: torch.dtype,
-        experts: Sequence[torch.dtype],
-        extras: Sequence[torch.dtype],
-        state: State,
-        out: torch.dtype,
-    ) -> None:
-        """Compile for slices of these types now, on whatever thread this is, rather than at the first slice."""
-        if self.kind == "compiled":
-            zeros = [torch.zeros(SMALL_SLICE, dtype=dtype) for dtype in (base, *experts, *extras)]
-            split = 1 + len(experts)
-            self(zeros[0], zeros[1:split], zeros[split:], state, 0, torch.zeros(SMALL_SLICE, dtype=out))
+    method: Method
+    experts: int
+    wanted: KernelKind = "auto"
+    store: KernelStore = field(default_factory=KernelStore)
+    gpus: Gpus | None = None
+    _known: dict[tuple[DType, ...], NativeKernel | None] = field(default_factory=dict)
+    _on_gpus: dict[tuple[DType, ...], tuple[str, int]] = field(default_factory=dict)
+    _fused: dict[DType, Fused] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(
-        self,
-        base: Tensor,
-        experts: Sequence[Tensor],
-        extras: Sequence[Tensor],
-        state: State,
-        start: int,
-        out: Tensor,
-    ) -> Tensor:
-        """Merge one slice into `out`, (n,) of the output's type. start: flat index of its first element in its tensor.
+    @property
+    def kind(self) -> Literal["compiled", "eager", "cuda"]:
+        if self.gpus is not None:
+            return "cuda"
+        return "eager" if self.wanted == "eager" or None in self._known.values() else "compiled"
 
-        Returns the counters of `fuse`, int64.
-        """
-        n = out.numel()
-        if self.kind == "compiled" and n >= SMALL_SLICE:
-            try:
-                return self._run(self._functions(out.dtype)[1], LARGE_SLICE, base, experts, extras, state, start, out)
-            except Exception as error:
-                if not _is_compile_failure(error):
-                    raise
-                logger.warning("compiling the kernel failed (%s): %s", str(error).splitlines()[0], EAGERLY)
-                self.kind = "eager"
-        return self._run(self._functions(out.dtype)[0], EAGER_BLOCK, base, experts, extras, state, start, out)
+    def __call__(self, slices: Sequence[Slice]) -> list[np.ndarray]:
+        """Merge slices into their `out`. Returns the counters of `eager.fuse` for each, int64."""
+        if self.gpus is not None:
+            return self.gpus.merge(slices, self.prepare_cuda)
+        return [self._merge(each) for each in slices]
 
-    @staticmethod
-    def _run(
-        function: Fused,
-        step: int,
-        base: Tensor,
-        experts: Sequence[Tensor],
-        extras: Sequence[Tensor],
-        state: State,
-        start: int,
-        out: Tensor,
-    ) -> Tensor:
-        counters = torch.zeros((), dtype=torch.int64)
-        for low in range(0, max(out.numel(), 1), step):
-            high = min(out.numel(), low + step)
-            merged, counted = function(
-                base[low:high],
-                [e[low:high] for e in experts],
-                [e[low:high] for e in extras],
-                state,
-                torch.tensor(start + low),
-            )
-            out[low:high].copy_(merged)
-            counters = counters + counted
-        return counters
+    def _merge(self, each: Slice) -> np.ndarray:
+        native = None if self.wanted == "eager" else self.prepare(each.types, each.out_type, each.state)
+        if native is None:
+            from ties_dist.kernels.eager import run_eagerly
 
-    def _functions(self, dtype: torch.dtype) -> tuple[Fused, Fused]:
-        if dtype not in self._fused:
-            eager = fuse(self._method, dtype)
-            self._fused[dtype] = eager, compile_fused(eager) if self.kind == "compiled" else eager
-        return self._fused[dtype]
+            return run_eagerly(self._function(each.out_type), each)
+        items = [ITEM_BYTES[t] for t in (*each.types, each.out_type)]
+        return native(each.operands, flat(each.state), each.position, each.out, items)
+
+    def prepare(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:
+        """The compiled loop for these types: known, from disk, or made now. None where there can be none."""
+        key = (*types, out_type)
+        if key not in self._known:
+            with self._lock:
+                if key not in self._known:
+                    self._known[key] = self._make(types, out_type, state)
+        return self._known[key]
+
+    def prepare_cuda(self, each: Slice) -> tuple[str, int]:
+        """PTX of the loop for a slice's types, and how many counters it has. Raises PlanError."""
+        key = (*each.types, each.out_type)
+        if key not in self._on_gpus:
+            with self._lock:
+                if key not in self._on_gpus:
+                    self._on_gpus[key] = self._make_ptx(each)
+        return self._on_gpus[key]
+
+    def _make(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:
+        if not runs_here((*types, out_type)):
+            logger.warning("this processor has no float16 instructions: running eagerly, 20 times slower")
+            return None
+        key = self._key(types, out_type, state)
+        if self._own and (kept := self.store.get(key)) is not None:
+            return kept
+        from ties_dist.kernels.trace import UntraceableError
+
+        try:
+            loop = self._trace(types, out_type, state)
+        except UntraceableError as error:
+            logger.warning("`%s` cannot be compiled (%s): running eagerly, 20 times slower", self.method.name, error)
+            return None
+        code = compile_loop(loop)
+        if self._own:  # of a method from elsewhere, nobody knows what else its code follows from
+            self.store.put(key, code, len(loop.counters))
+        return load(code, len(loop.counters))
+
+    def _make_ptx(self, each: Slice) -> tuple[str, int]:
+        from ties_dist.kernels.cuda import compile_ptx
+        from ties_dist.kernels.trace import UntraceableError
+
+        try:
+            loop = self._trace(each.types, each.out_type, each.state)
+        except UntraceableError as error:
+            raise PlanError(f"`{self.method.name}` cannot run on a GPU ({error}). Use --device cpu.") from error
+        return compile_ptx(loop), len(loop.counters)
+
+    @property
+    def _own(self) -> bool:
+        return type(self.method).__module__.startswith(OWN_METHODS)
+
+    def _key(self, types: Sequence[DType], out_type: DType, state: State) -> str:
+        return self.store.key(_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state))
+
+    def _trace(self, types: Sequence[DType], out_type: DType, state: State) -> Loop:
+        from ties_dist.kernels.trace import trace
+
+        return trace(self._function(out_type), types, shapes(state))
+
+    def _function(self, out_type: DType) -> Fused:
+        if out_type not in self._fused:
+            from ties_dist.kernels.eager import fuse
+
+            self._fused[out_type] = fuse(self.method, self.experts, out_type)
+        return self._fused[out_type]
 
 
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler on this machine; said where there is none."""
-    from torch._inductor import config  # these imports cost a second: only where something is compiled
-
-    config.compile_threads = 1  # for one kernel, a pool of compiling processes costs more than it saves
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        logger.warning("no C++ compiler on this machine: %s", EAGERLY)
-        return False
-    return True
-
-
-def _is_compile_failure(error: Exception) -> bool:
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    return isinstance(error, BackendCompilerFailed)
-
-
-def compile_fused(function: Fused) -> Fused:
-    """The function as one compiled loop, for slices of any length and inputs of any types."""
-    from torch._dynamo import config
-
-    # Past the limit torch falls back to eager silently, with right bits and 20 times the time: make it an error.
-    config.recompile_limit = max(config.recompile_limit, 64)
-    config.fail_on_recompile_limit_hit = True
-    compiled: Fused = torch.compile(function, dynamic=True, fullgraph=True, options=dict(ONE_LOOP))
-    return compiled
+def shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(value) for name, value in state.items()}

@@ -1,23 +1,26 @@
 """What a merge method is: a frozen dataclass whose fields are its options, and one elementwise function.
 
 The function is plain torch and loops over experts in recipe order: a stacked `sum` changes bits with the slice
-width (facts.md). Everything numeric enters as a tensor, so that one compiled kernel serves every tensor of a model.
-A method knows nothing of files, units or recipes.
+width (facts.md). Everything numeric enters through the state, so that one compiled kernel serves every tensor of a
+model. A method knows nothing of files, units or recipes. Ours import torch where they merge, not before: a merge whose
+kernel is on disk never loads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ties_dist.parameter import Parameter
 
-State = dict[str, Tensor]
-"""The numbers one slice is merged with, by name: float32, 0-d or (experts,)."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = dict[str, np.ndarray]
+"""The numbers one slice is merged with, by name: float32, 0-d or (experts,). `merge` gets them as tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,11 @@ class Method:
         """Whether exact cancellations take the sign of the whole model's election."""
         return False
 
+    @property
+    def is_random(self) -> bool:
+        """Whether `state` is given, among the parameters, `tensor`: a number below 2^32 that stands for the tensor."""
+        return False
+
     def check(self, experts: Sequence[Mapping[str, float]]) -> None:
         """Raises ValueError where the numbers of one tensor's experts cannot be merged with."""
 
@@ -95,7 +103,7 @@ class Method:
         cuts: Sequence[Cut],
         majority: int,
     ) -> State:
-        """The tensors `merge` needs for one slice. cuts: empty for methods without a trim; majority: +1 or -1."""
+        """The numbers `merge` needs for one slice. cuts: empty for methods without a trim; majority: +1 or -1."""
         raise NotImplementedError
 
     def counters(self, experts: int) -> tuple[str, ...]:
@@ -103,7 +111,12 @@ class Method:
         return ()
 
     def merge(
-        self, base: Tensor, operands: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
+        self,
+        base: Tensor,
+        operands: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        state: Mapping[str, Tensor],
+        position: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         """Merge one slice.
 
@@ -116,33 +129,46 @@ class Method:
 
 def count(mask: Tensor) -> Tensor:
     """How many of (n,) bool are true, 0-d int32: half the accumulators of int64, and a slice is far below 2^31."""
+    import torch
+
     return mask.sum(dtype=torch.int32)
 
 
-def float32(values: Sequence[float]) -> Tensor:
+def float32(values: float | Sequence[float]) -> np.ndarray:
     """Numbers of a recipe, each rounded once to float32."""
-    return torch.tensor(list(values), dtype=torch.float32)
+    with np.errstate(over="ignore"):
+        return np.array(values, dtype=np.float64).astype(np.float32)
 
 
-def total(values: Tensor) -> Tensor:
-    """Sum of a few numbers, 0-d float32, in their order: the one order every sum here is taken in."""
-    result = torch.zeros(())
-    for value in values:
-        result = result + value
+def total(values: np.ndarray) -> np.float32:
+    """Sum of a few float32 numbers in their order: the one order every sum here is taken in."""
+    result = np.float32(0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for value in values:
+            result = np.float32(result + value)
     return result
 
 
 def weighted_sum(operands: Sequence[Tensor], weight: Tensor) -> Tensor:
     """Sum of operands times their weights, in recipe order, from +0.0. operands: (n,) each; weight: (experts,)."""
+    import torch
+
     result = torch.zeros_like(operands[0])
     for i, operand in enumerate(operands):
         result = result + operand * weight[i]
-    return from_plus_zero(result)
+    return result
 
 
-def from_plus_zero(summed: Tensor) -> Tensor:
-    """A sum that began at +0.0 is never -0.0. The compiler drops that beginning (x + 0 -> x), so it is said again."""
-    return torch.where(summed == 0, 0.0, summed)
+def density(note: str) -> Parameter:
+    return Parameter(
+        name="density",
+        per_model=True,
+        per_tensor=True,
+        minimum=0.0,
+        maximum=1.0,
+        minimum_exclusive=True,
+        note=note,
+    )
 
 
 WEIGHT = Parameter(name="weight", default=1.0, per_model=True, per_tensor=True, note="factor of this expert")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
+import numpy as np
 
-from ties_dist.methods.base import WEIGHT, Cut, Method, State, float32, total, weighted_sum
+from ties_dist.methods.base import INT8_MASK, WEIGHT, Cut, Method, State, float32, total, weighted_sum
 from ties_dist.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,7 @@ class Linear(Method):
     parameters: ClassVar[tuple[Parameter, ...]] = (
         WEIGHT,
         Parameter(name="normalize", kind="bool", default=True, note="false: weighted sum"),
+        INT8_MASK,
     )
 
     normalize: bool = True
@@ -41,10 +45,15 @@ class Linear(Method):
         majority: int,
     ) -> State:
         weights = float32([e["weight"] for e in experts])
-        return {"weight": weights, "divisor": total(weights)}
+        return {"weight": weights, "divisor": np.asarray(total(weights))}
 
     def merge(
-        self, base: Tensor, operands: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
+        self,
+        base: Tensor,
+        operands: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        state: Mapping[str, Tensor],
+        position: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         merged = weighted_sum(operands, state["weight"])
         return (merged / state["divisor"] if self.normalize else merged), []

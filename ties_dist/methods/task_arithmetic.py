@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, Method, State, float32, total, weighted_sum
 from ties_dist.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,20 @@ class TaskArithmetic(Method):
         weights = float32([e["weight"] for e in experts])
         summed = total(weights)
         # mergekit's guard: weights that cancel are not divided by.
-        divisor = summed if self.normalize and abs(float(summed)) >= 1e-8 else torch.ones(())
+        divisor = summed if self.normalize and abs(float(summed)) >= 1e-8 else np.float32(1)
         return {
             "weight": weights,
-            "lambda": torch.tensor(parameters["lambda"], dtype=torch.float32),
-            "divisor": divisor,
+            "lambda": float32(parameters["lambda"]),
+            "divisor": np.asarray(divisor),
         }
 
     def merge(
-        self, base: Tensor, operands: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
+        self,
+        base: Tensor,
+        operands: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        state: Mapping[str, Tensor],
+        position: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         merged = weighted_sum(operands, state["weight"])
         if self.normalize:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ties_dist.methods.base import (
     INT8_MASK,
@@ -21,11 +20,14 @@ from ties_dist.methods.base import (
     State,
     TrimRule,
     count,
+    density,
     float32,
-    from_plus_zero,
     total,
 )
 from ties_dist.parameter import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +36,7 @@ class Ties(Method):
     summary: ClassVar[str] = "trim each delta to its largest entries, elect a sign per parameter, average what agrees"
     operand: ClassVar[Literal["delta", "weight"]] = "delta"
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        Parameter(
-            name="density",
-            per_model=True,
-            per_tensor=True,
-            minimum=0.0,
-            maximum=1.0,
-            minimum_exclusive=True,
-            note="share of each delta kept, (0, 1]; the paper's is 0.2",
-        ),
+        density("share of each delta kept, (0, 1]; the paper's is 0.2"),
         WEIGHT,
         LAMBDA,
         Parameter(name="normalize", kind="bool", default=True, note="false: plain sum instead of the disjoint mean"),
@@ -92,18 +86,18 @@ class Ties(Method):
     ) -> State:
         weights = float32([e["weight"] for e in experts])
         counting = self.divide_by == "count"
-        shares = total(torch.ones_like(weights) if counting else weights)
+        shares = total(np.ones_like(weights) if counting else weights)
         return {
             "threshold": float32([c.threshold for c in cuts]),
             # Weight 0 drops an expert from vote and mean, but for peft's code, which weighs after the election: there
             # it votes and is counted. Its threshold is counted and proven all the same.
             "keep": float32(
-                [c.keep if e["weight"] != 0 or counting else torch.inf for c, e in zip(cuts, experts, strict=True)]
+                [c.keep if e["weight"] != 0 or counting else np.inf for c, e in zip(cuts, experts, strict=True)]
             ),
             "weight": weights,
-            "lambda": torch.tensor(parameters["lambda"], dtype=torch.float32),
-            "zero_sign": torch.tensor({"majority": float(majority), "positive": 1.0, "drop": 0.0}[self.zero_sign]),
-            "total_weight": torch.where(shares == 0, 1.0, shares),
+            "lambda": float32(parameters["lambda"]),
+            "zero_sign": float32({"majority": float(majority), "positive": 1.0, "drop": 0.0}[self.zero_sign]),
+            "total_weight": np.asarray(shares if shares != 0 else np.float32(1)),
         }
 
     def counters(self, experts: int) -> tuple[str, ...]:
@@ -111,8 +105,15 @@ class Ties(Method):
         return (*per_expert, "conflicts", "cancellations", "sign_sum")
 
     def merge(
-        self, base: Tensor, operands: Sequence[Tensor], extras: Sequence[Tensor], state: State, position: Tensor
+        self,
+        base: Tensor,
+        operands: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        state: Mapping[str, Tensor],
+        position: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
+        import torch
+
         weight, counts = state["weight"], []
         values, votes = [], []
         positive = negative = None
@@ -151,8 +152,10 @@ class Ties(Method):
             return vote != 0
         return vote * sign > 0  # exact: a sign is -1, 0 or +1
 
-    def _aggregate(self, values: Sequence[Tensor], agrees: Sequence[Tensor], state: State) -> Tensor:
+    def _aggregate(self, values: Sequence[Tensor], agrees: Sequence[Tensor], state: Mapping[str, Tensor]) -> Tensor:
         """values: weighted trimmed deltas (n,) float32; agrees: (n,) bool. Returns the merged delta (n,) float32."""
+        import torch
+
         result = divisor = torch.zeros_like(values[0])
         for i, (value, agree) in enumerate(zip(values, agrees, strict=True)):
             chosen = torch.where(agree, value, 0.0)
@@ -163,7 +166,6 @@ class Ties(Method):
             if self.aggregate == "mean":
                 share = state["weight"][i] if self.divide_by == "weights" else 1.0
                 divisor = divisor + torch.where(agree, share, 0.0)
-        result = from_plus_zero(result)
         if self.aggregate == "mean":
             return result / torch.where(divisor == 0, 1.0, divisor)
         if self.aggregate == "average":

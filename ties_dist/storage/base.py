@@ -59,3 +59,7 @@ class Writer(Protocol):
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes written before. Raises OutputError where there are fewer."""
         ...
+
+    def close(self) -> None:
+        """Give back what is held open; nothing is written after."""
+        ...

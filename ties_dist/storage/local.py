@@ -1,163 +1,24 @@
-"""Files on a mounted file system: reads by memory map or `pread`, writes by ranges.
-
-A map is the fast way for warm and local files; network file systems punish page faults, so `auto` takes `pread`
-there (facts.md). A map's touched pages count in the resident set: a released span drops its own.
-"""
+"""Files on a mounted file system: writes by ranges, and the small steps that make them durable."""
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import psutil
 
-from ties_dist.errors import CheckpointError, OutputError
-from ties_dist.storage.buffers import ALIGNMENT, Buffers
+from ties_dist.errors import OutputError
+from ties_dist.storage.backends import is_network
+from ties_dist.storage.buffers import ALIGNMENT
 
-Backend = Literal["auto", "mmap", "pread"]
-
-NETWORK = ("nfs", "lustre", "cifs", "smb", "ceph", "gluster", "fuse", "9p", "beegfs", "gpfs", "afs", "virtiofs")
-FAULT_WINDOW = 2 << 20
-"""A fault maps 64 KiB around it, since Linux 6.18 the whole folio of the page cache, up to 2 MiB. Dropping less leaves
-pages of neighbours behind: 1,000 slices of 8 KiB left 141 MiB resident with a window of 64 KiB, 1 MiB with this one."""
-READ_WINDOW = 64 << 10
-"""What is asked of the disk around a small slice."""
 DIRECT_FROM = 256 << 20
 """Bytes of a file: smaller ones are left in the page cache for who reads them next."""
-SMALL_READ = 64 << 10
-READ_PIECE = 1 << 20
-"""pread from the page cache is fastest in pieces that fit the second-level cache (facts.md: 6.3 against 3.5 GB/s)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalSpan:
-    view: memoryview
-    done: Callable[[], None]
-
-    def release(self) -> None:
-        self.done()
-
-
-@dataclass
-class _Directory:
-    """Names and sizes, shared by both readers. A path to a single file is a directory with that file alone."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        self.root = self.path if self.path.is_dir() else self.path.parent
-        self._lock = threading.Lock()
-
-    def names(self) -> Sequence[str]:
-        if not self.path.is_dir():
-            return [self.path.name]
-        return sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
-
-    def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
-
-    def _ends_early(self, name: str, size: int, stop: int) -> CheckpointError:
-        return CheckpointError(
-            f"{self.root / name} has {size:,} bytes where at least {stop:,} are expected: it is truncated, or was "
-            "replaced while it was read. Restore the file and run again."
-        )
-
-
-@dataclass
-class MappedReader(_Directory):
-    """Zero-copy reads; one map per file, opened at first use. Small ones are copied: a fault maps up to 2 MiB."""
-
-    _maps: dict[str, mmap.mmap] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._small = PreadReader(self.path)
-
-    def read(self, name: str, start: int, stop: int) -> LocalSpan:
-        if stop - start <= SMALL_READ:
-            return self._small.read(name, start, stop)
-        pages = self._map(name)
-        if stop > len(pages):
-            raise self._ends_early(name, len(pages), stop)
-
-        # Starts the disk; of cached pages it only takes note.
-        pages.madvise(mmap.MADV_WILLNEED, *_aligned(start, stop, READ_WINDOW, len(pages)))
-        mapped = _aligned(start, stop, FAULT_WINDOW, len(pages))
-        return LocalSpan(view=memoryview(pages)[start:stop], done=lambda: pages.madvise(mmap.MADV_DONTNEED, *mapped))
-
-    def _map(self, name: str) -> mmap.mmap:
-        with self._lock:
-            if name not in self._maps:
-                with open(self.root / name, "rb") as file:
-                    if os.fstat(file.fileno()).st_size == 0:
-                        raise self._ends_early(name, 0, 1)
-                    self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return self._maps[name]
-
-
-def _aligned(start: int, stop: int, window: int, end: int) -> tuple[int, int]:
-    """(first byte, size) of [start, stop) widened to multiples of `window`, but not past `end`."""
-    first = start // window * window
-    return first, min(-(-stop // window) * window, end) - first
-
-
-@dataclass
-class PreadReader(_Directory):
-    """Reads into reused buffers: a fresh one costs a page fault per 4 KiB, as much as the copy itself."""
-
-    _files: dict[str, int] = field(default_factory=dict)
-    _buffers: Buffers = field(default_factory=Buffers)
-
-    def read(self, name: str, start: int, stop: int) -> LocalSpan:
-        buffer = self._buffers.take(stop - start)
-        view = buffer.data[: stop - start]
-        file = self._open(name)
-        position = start
-        while position < stop:
-            piece = view[position - start : min(position - start + READ_PIECE, stop - start)]
-            got = os.preadv(file, [piece], position)
-            if got == 0:
-                self._buffers.give(buffer)
-                raise self._ends_early(name, position, stop)
-            position += got
-        return LocalSpan(view=view, done=lambda: self._buffers.give(buffer))
-
-    def _open(self, name: str) -> int:
-        with self._lock:
-            if name not in self._files:
-                self._files[name] = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
-            return self._files[name]
-
-    def __del__(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):
-                os.close(file)
-
-
-def open_reader(path: Path, backend: Backend = "auto") -> MappedReader | PreadReader:
-    """A reader of the files under `path` (a folder, or one file)."""
-    if backend == "auto":
-        backend = "pread" if is_network(path) else "mmap"
-    return MappedReader(path) if backend == "mmap" else PreadReader(path)
-
-
-def is_network(path: Path) -> bool:
-    """Whether a path lies on a file system served over a network or by a user process."""
-    target = str(path.resolve())
-    mounts = [
-        p
-        for p in psutil.disk_partitions(all=True)
-        if target == p.mountpoint or target.startswith(p.mountpoint.rstrip("/") + "/")
-    ]
-    return bool(mounts) and max(mounts, key=lambda p: len(p.mountpoint)).fstype.lower().startswith(NETWORK)
+COPY_PIECE = 8 << 20
 
 
 def partial_name(name: str) -> str:
@@ -193,18 +54,19 @@ class LocalWriter:
             raise output_error(error, path) from error
 
     def write(self, name: str, start: int, block: memoryview) -> None:
-        self.fence()
         try:
-            position = self._write_direct(name, start, block)
-            file = self._open(name)
+            # Opened before the fence is asked: whoever is paused behind it goes on with the file it had. After a
+            # take-over that is replaced by a copy; under its name there would be the published one.
+            direct, file = self._open_direct(name), self._open(name)
+            self.fence()
+            position = self._write_direct(direct, name, start, block)
             while position < len(block):
                 position += os.pwrite(file, block[position:], start + position)
         except OSError as error:
             raise output_error(error, self.root / name) from error
 
-    def _write_direct(self, name: str, start: int, block: memoryview) -> int:
+    def _write_direct(self, file: int | None, name: str, start: int, block: memoryview) -> int:
         """Write what direct I/O can of a range, and say how much that was: whole pages of an aligned buffer."""
-        file = self._open_direct(name)
         size = len(block) // ALIGNMENT * ALIGNMENT
         aligned = np.frombuffer(block, dtype=np.uint8).ctypes.data % ALIGNMENT == 0 if size else False
         if file is None or not aligned or start % ALIGNMENT:
@@ -285,7 +147,7 @@ def copy_sparse(source: Path, target: Path) -> None:
                 raise
             hole = os.lseek(old.fileno(), position, os.SEEK_HOLE)
             while position < hole:
-                block = os.pread(old.fileno(), min(8 * READ_PIECE, hole - position), position)
+                block = os.pread(old.fileno(), min(COPY_PIECE, hole - position), position)
                 if not block:
                     raise OutputError(f"{source} became shorter while it was copied. Run the same command again.")
                 position += os.pwrite(new.fileno(), block, position)

@@ -48,6 +48,9 @@ class MemoryWriter:
     def sync(self, names: Sequence[str]) -> None:
         """Memory is as durable as it gets."""
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def read(self, name: str, start: int, stop: int) -> memoryview:
         held = len(self.files.get(name, b""))
         if name not in self.files or stop > held:

@@ -1,0 +1,116 @@
+"""A method from a package outside of ties_dist: only where that is allowed, and then like one of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ties_dist
+from tests.conftest import Checkpoints, random_models
+from tests.integration.command import run
+from ties_dist.errors import RecipeError
+
+CODE = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from safetensors.torch import load_file
+from ties_dist.methods import Method
+from ties_dist.methods.base import LAMBDA, float32
+
+@dataclass(frozen=True, kw_only=True)
+class Largest(Method):
+    """Of all deltas the one of the largest magnitude."""
+    name: ClassVar[str] = "largest"
+    summary: ClassVar[str] = "the largest delta wins"
+    operand: ClassVar[str] = "delta"
+    parameters: ClassVar[tuple] = (LAMBDA,)
+
+    def state(self, parameters, experts, cuts, majority):
+        return {"lambda": float32(parameters["lambda"])}
+
+    def merge(self, base, operands, extras, state, position):
+        best = torch.zeros_like(base)
+        for delta in operands:
+            best = torch.where(delta.abs() > best.abs(), delta, best)
+        return base + best * state["lambda"], []
+
+class NoMethod:
+    pass
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"outside_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_it_merges_as_its_code_says(package: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+    base = {"w": torch.tensor([1.0, 1.0, 1.0])}
+    experts = [{"w": torch.tensor([1.5, 0.0, 1.0])}, {"w": torch.tensor([0.75, 1.25, 1.0])}]
+    recipe = merge_job([base, *experts], method=f"{package}:Largest", parameters={"lambda": 2.0})
+    ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [2.0, -1.0, 1.0]
+
+
+def test_it_is_compiled_to_the_bytes_it_gives_eagerly(package: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+    recipe = merge_job(random_models({"w": (300, 70)}, experts=3, dtype=torch.bfloat16), method=f"{package}:Largest")
+    made = {
+        kernel: ties_dist.merge(recipe, tmp_path / kernel, kernel=kernel, allow_external_methods=True)  # type: ignore[arg-type]
+        for kernel in ("compiled", "eager")
+    }
+    assert made["compiled"].output_digest == made["eager"].output_digest
+    assert made["compiled"].kernel == "compiled"
+
+
+def test_without_leave_it_is_refused_before_it_is_imported(
+    package: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"{package}.py").write_text("raise SystemExit('imported')")
+    recipe = merge_job(random_models({"w": (4, 4)}, experts=1), method=f"{package}:Largest")
+    ended = run(capsys, "merge", recipe, tmp_path / "out")
+    assert ended.status == 2
+    assert "allow that with --allow-external-methods" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("{}:Missing", "has no attribute 'Missing'"),
+        ("{}:NoMethod", "is no subclass of ties_dist.methods.Method"),
+        ("no_such_package.module:Largest", "No module named 'no_such_package'"),
+    ],
+)
+def test_what_is_no_method_is_told(
+    method: str, words: str, package: str, merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    recipe = merge_job(random_models({"w": (4, 4)}, experts=1), method=method.format(package))
+    with pytest.raises(RecipeError, match=words):
+        ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
+
+
+def test_other_code_is_another_merge(package: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+    recipe = merge_job(random_models({"w": (4, 4)}, experts=1), method=f"{package}:Largest")
+    first = ties_dist.plan(recipe, allow_external_methods=True).fingerprint
+    other = f"{package}_other"
+    (tmp_path / f"{other}.py").write_text(CODE.replace(">", ">="))
+    recipe.write_text(recipe.read_text().replace(f"{package}:", f"{other}:"))
+    assert ties_dist.plan(recipe, allow_external_methods=True).fingerprint != first
+
+
+def test_the_command_line_lists_every_method_with_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {m["name"]: m for m in json.loads(run(capsys, "methods", "--json").out)}
+    assert {"ties", "task_arithmetic", "linear", "dare_linear", "dare_ties"} <= set(found)
+    parameters = {p["name"]: p for p in found["ties"]["parameters"]}
+    assert parameters["density"]["required"]
+    assert (parameters["weight"]["default"], parameters["lambda"]["default"]) == (1.0, 1.0)
+    table = run(capsys, "methods").out
+    assert "required" in table and "negative weights welcome" in table
