@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,15 @@ class Forked:
 
 @dataclass
 class Forge:
-    """The server, from a test's or a drill's side."""
+    """The server, from a test's or a drill's side. imports: modules that it has behind it, beside the product's."""
 
+    imports: Sequence[str] = ()
     _server: subprocess.Popen[str] | None = None
     _started: list[int] = field(default_factory=list)
 
     def __enter__(self) -> Forge:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.drills.forked"],
+            [sys.executable, "-m", "tests.drills.forked", *self.imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,18 +82,20 @@ class Forge:
         settings: Mapping[str, object] | None = None,
         die: tuple[str, int] | None = None,
         by: int = signal.SIGKILL,
+        first: tuple[str, Mapping[str, object]] | None = None,
     ) -> Forked:
         """`ties-dist` with these arguments.
 
         settings: values of the product, as `module:name`, for this process. die: (`module:name`, n): the process sends
         itself the signal `by` where that function would be called for the n-th time; (`one > other`, n): for the n-th
-        time after `one` was called.
+        time after `one` was called. first: (`module:function`, keyword arguments) to be called before anything else.
         """
         order = {
             "arguments": [str(a) for a in arguments],
             "log": str(log),
             "set": settings or {},
             "die": [*die, by] if die else None,
+            "first": first,
         }
         pid = int(self.ask(order))
         self._started.append(pid)
@@ -118,6 +121,9 @@ def serve() -> None:
     import zarr  # noqa: F401
 
     from ties_dist import api, tables  # noqa: F401
+
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equal
 
     # Compiled functions are loaded here once, not by every child.
@@ -148,6 +154,9 @@ def _become(order: Mapping[str, Any]) -> None:
         for name, value in order["set"].items():
             owner, attribute = _find(name)
             setattr(owner, attribute, value)
+        if order["first"] is not None:
+            owner, attribute = _find(order["first"][0])
+            getattr(owner, attribute)(**order["first"][1])
         if order["die"] is not None:
             _arm(*order["die"])
         from ties_dist.cli import main

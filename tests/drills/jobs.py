@@ -50,6 +50,7 @@ def write_job(
     shards: int = 1,
     options: Mapping[str, object] | None = None,
     density: float = 0.42,
+    weight: float | None = None,
 ) -> Path:
     """Checkpoints with companion files, and a recipe; returns the recipe's path."""
     names = ["base", *(f"expert-{i}" for i in range(len(models) - 1))]
@@ -61,7 +62,7 @@ def write_job(
         "merge_method": "ties",
         "base_model": "base",
         "models": [{"model": name} for name in names[1:]],
-        "parameters": {"density": density},
+        "parameters": {"density": density, **({} if weight is None else {"weight": weight})},
         "ties_dist": dict(options or {}),
     }
     path = folder / "recipe.yml"

@@ -36,6 +36,7 @@ PHASES = ("start", "scan", "merge", "redo", "publish", "done")
 journalled; before publishing; before the commit point; after it."""
 SETTINGS = {
     "ties_dist.passes:COMMIT_SECONDS": 0.1,
+    "ties_dist.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
     "ties_dist.scan:CHECKPOINT_SECONDS": 0.02,
     "ties_dist.scan:SAMPLE_SLICES": 64,
     "ties_dist.executors.local:PARTIAL_SECONDS": 0.01,
@@ -196,7 +197,7 @@ class Drill:
         return (
             *("--unit-size", draw.choice(("1MiB", "1MiB", "2MiB", "3MiB"))),
             *("--threads", draw.choice((1, 2))),
-            *("--read-backend", draw.choice(("mmap", "pread"))),
+            *("--read-backend", draw.choice(("mmap", "pread", "direct"))),
             *("--cache-dir", folder / "cache"),
         )
 
@@ -346,7 +347,7 @@ def describe(
 
 
 METHOD = """\
-Base and three experts, outputs of {sizes}, units of 1 to 3 MiB, 1 or 2 threads, memory map or pread: drawn anew for
+Base and three experts, outputs of {sizes}, units of 1 to 3 MiB, 1 or 2 threads, any way of reading: drawn anew for
 every start. Each merge is a process of its own, killed with SIGKILL two to four times at random moments: anywhere in
 the time that an undisturbed merge takes, or soon after a phase has begun. The majority sign is guessed wrong at first,
 so there are always units to redo. Page cache warm, eager kernel. Work is made durable every 0.1 s instead of 2 s
