@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import ceiling, checkpoints
 from benchmarks.checkpoints import Family
 from benchmarks.measure import REPOSITORY, Run, bring_cache_to, cached_share, mib, run, spread, table, write_report
+from ties_dist.statistics import KERNELS
 
 METHODS = ("ties", "linear", "task_arithmetic")
 ALLOWED_ULPS = 1
@@ -99,9 +100,11 @@ class Bench:
 
     def _ties_dist(self, row: Row, recipe: Path) -> Run:
         recipe.write_text(json.dumps(self.family.recipe(row.method), indent=2))
-        statistics = self.work / "statistics"
-        shutil.rmtree(statistics, ignore_errors=True)
-        statistics.mkdir()
+        cache = self.work / "cache" / row.folder  # empty at the row's first run; later its compiled kernels are kept
+        cache.mkdir(parents=True, exist_ok=True)
+        for path in cache.iterdir():
+            if path.name != KERNELS:
+                shutil.rmtree(path)
         given = ["--semantics", row.variant] if row.variant else []
         given += ["--threads", str(self.options.threads)] if self.options.threads else []
         return run(
@@ -119,13 +122,12 @@ class Bench:
                 ),
                 *("--memory-budget", self.options.memory_budget, *given),
             ],
-            environment={"TIES_DIST_CACHE": str(statistics), "CUDA_VISIBLE_DEVICES": "", **self._compile_caches(row)},
+            environment={
+                "TIES_DIST_CACHE": str(cache),
+                "NUMBA_CACHE_DIR": str(self.work / "numba" / row.folder),
+                "CUDA_VISIBLE_DEVICES": "",
+            },
         )
-
-    def _compile_caches(self, row: Row) -> dict[str, str]:
-        """Of torch and numba: folders of this row, empty at its first run."""
-        caches = self.work / "compiled" / row.folder
-        return {"TORCHINDUCTOR_CACHE_DIR": str(caches / "torch"), "NUMBA_CACHE_DIR": str(caches / "numba")}
 
 
 def find_mergekit() -> Path | None:
