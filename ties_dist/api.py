@@ -236,7 +236,7 @@ def plan(
         projected_bytes=chosen.projected_bytes,
         memory_budget=chosen.memory_budget,
         threads=chosen.threads,
-        disk_needed_bytes=chosen.layout.total_bytes,
+        disk_needed_bytes=chosen.layout.total_bytes + sum(m.nbytes for m in chosen.matrices.values()),
         disk_free_bytes=None if out is None else _free(Path(out)),
         out_holds=None if out is None else _holds(Path(out), chosen),
         fingerprint=chosen.fingerprint,

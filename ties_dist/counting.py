@@ -101,13 +101,15 @@ class Counter:
     reader: Callable[[Path], Reader]
 
     def __post_init__(self) -> None:
-        opened = {id(m): ModelReader(m, self.reader(Path(m.path))) for m in (self.plan.base, *self.plan.operands)}
+        models = (self.plan.base, *self.plan.operands, *self.plan.grams)
+        opened = {id(m): ModelReader(m, self.reader(Path(m.path))) for m in models}
         self._models = list(opened.values())
         self.base = opened[id(self.plan.base)]
         self.operands = [opened[id(m)] for m in self.plan.operands]
         count = len(self.plan.experts)
         first = len(self.operands) - len(self.plan.extras) - count
         self.experts = self.operands[first : first + count]
+        self.grams = [opened[id(m)] for m in self.plan.grams]
 
     @property
     def requested_bytes(self) -> int:

@@ -42,6 +42,10 @@ class MethodSpec(Protocol):
     def operand(self) -> Literal["delta", "weight"]: ...
 
     @property
+    def statistics(self) -> str | None:
+        """The kind of statistics that it needs of every model, if any."""
+
+    @property
     def options(self) -> frozenset[str]:
         """Keys of the `ties_dist:` block it understands, besides exclude, vocab, non_float and semantics."""
 
@@ -58,6 +62,7 @@ class ModelEntry:
     where: str
     location: Location | None
     parameters: Mapping[str, object]
+    statistics: Location | None = None
 
 
 @dataclass(kw_only=True)
@@ -200,9 +205,13 @@ def _read_model(draft: Draft, entry: object, where: str, *, drop_base: bool) -> 
     if not isinstance(entry, Mapping):
         draft.problems.append(f"{where}: must be a mapping with a `model` key, found {short(entry)}")
         return
+    kind = draft.spec.statistics if draft.spec else None
+    known = ("model", "parameters", "statistics")
     for key in entry:
-        if key not in ("model", "parameters"):
-            draft.problems.append(f"{where}.{key}: unknown key; {_hint(draft, key, ('model', 'parameters'))}")
+        if key == "statistics" and draft.spec and not kind:
+            draft.problems.append(f"{where}.{key}: {draft.method} needs no statistics; leave it out")
+        elif key not in known:
+            draft.problems.append(f"{where}.{key}: unknown key; {_hint(draft, key, known)}")
     parameters = _mapping(draft, entry.get("parameters"), f"{where}.parameters")
     if entry.get("model") is None:
         draft.problems.append(f"{where}.model: missing; give a path or a hub id")
@@ -218,7 +227,23 @@ def _read_model(draft: Draft, entry: object, where: str, *, drop_base: bool) -> 
     earlier = [e.where for e in draft.models if location and e.location == location]
     if earlier:
         draft.notes.append(f"{where}: the same expert as {earlier[0]}; it counts once more.")
-    draft.models.append(ModelEntry(where=where, location=location, parameters=parameters))
+    statistics = _locate_statistics(draft, entry, where, kind) if kind else None
+    draft.models.append(ModelEntry(where=where, location=location, parameters=parameters, statistics=statistics))
+
+
+def _locate_statistics(draft: Draft, entry: Mapping[str, object], where: str, kind: str) -> Location | None:
+    """The store of one model; a local folder, since no hub has such."""
+    if entry.get("statistics") is None:
+        collect = f"ties-dist collect {kind} {entry['model']} --data FILE.jsonl --out STORE"
+        draft.problems.append(f"{where}.statistics: missing; {draft.method} needs a store made by `{collect}`")
+        return None
+    found = _locate(draft, entry["statistics"], f"{where}.statistics")
+    if found is not None and (found.path is None or not found.path.is_dir()):
+        draft.problems.append(
+            f"{where}.statistics: no folder '{found.text}'; name a store that `ties-dist collect` made"
+        )
+        return None
+    return found
 
 
 def _locate(draft: Draft, value: object, where: str) -> Location | None:

@@ -181,7 +181,10 @@ def _merge(
         thresholds_from=passes.thresholds_from,
         mispredicted=passes.mispredicted,
         phases=passes.phases,
+        remarks=passes.remarks,
     )
+    for remark in passes.remarks:
+        logger.info("%s", remark)
     companions = companion_files(job.base_path, job.recipe, model_card(job.recipe, report))
     journal.publishing()
     journal.commit()

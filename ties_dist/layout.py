@@ -42,8 +42,12 @@ class TensorSpec:
         return numel
 
     @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
-        return self.numel * ITEM_BYTES[self.dtype]
+        return self.numel * self.item_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ties_dist.errors import NumericError, ProofError, listing
 from ties_dist.executors.base import Executor
+from ties_dist.matrices import SolveMatrix
 from ties_dist.planning import MergePlan, Unit
 from ties_dist.progress import Progress, phase
 from ties_dist.scan import NOTHING_PUBLISHED, Scan, sample_slices
@@ -75,6 +76,8 @@ class Passes:
     sign_sum: float = 0
     """Of the units so far: a guess at the majority sign, proven or redone at the end."""
     phases: dict[str, float] = field(default_factory=dict)
+    unsolved: list[str] = field(default_factory=list)
+    """Matrices without a solution."""
     _warming: threading.Thread | None = None
 
     @property
@@ -89,6 +92,17 @@ class Passes:
     def worker(self) -> Worker:
         """Of this process."""
         return self.step.worker
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to say of the merge besides its numbers."""
+        said = []
+        if self.unsolved:
+            shown = ", ".join(self.unsolved[:4]) + (", ..." if len(self.unsolved) > 4 else "")
+            said.append(f"{len(self.unsolved)} matrices had no solution and took the plain mean: {shown}")
+        if "plain_mean" in self.plan.counter_names and (count := self.totals.get("plain_mean")):
+            said.append(f"{count / self.plan.elements:.2%} of the entries have no Fisher information: plain mean")
+        return tuple(said)
 
     def warm_up(self) -> None:
         """Let the kernel compile while thresholds are looked for; `merge_missing` waits for it."""
@@ -156,6 +170,7 @@ class Passes:
         for unit in self.results:
             done.setdefault(unit.shard, []).append((unit.start, unit.stop))
         missing = list(self.plan.units(done))
+        self.solve(missing)
         if self._warming is not None:
             self._warming.join()
         if self.plan.method.asks_majority:
@@ -163,6 +178,38 @@ class Passes:
         with self._timed("merge"), phase(self.progress, "merge", sum(u.nbytes for u in missing)):
             for group in self._groups(missing):
                 self._merge(group)
+
+    def solve(self, units: Sequence[Unit]) -> None:
+        """Merge the matrices that these units copy from, the heaviest first. Raises NumericError."""
+        touched = {t for unit in units for t in self.plan.tensors_of(unit)} & self.plan.matrices.keys()
+        if not touched:
+            return
+        order = sorted(touched, key=lambda t: (-self.plan.matrices[t].work_bytes, t))
+        problems = []
+        with (
+            self._timed("solve"),
+            phase(self.progress, "solve", sum(self.plan.matrices[t].nbytes for t in order)),
+        ):
+            for tensor, solved in self.executor.call(self.step, SolveMatrix(), order):
+                names = [e.name for e in self.plan.experts]
+                problems += [
+                    f"{tensor}: {n:,} NaN or Inf in '{name}' or its Gram matrix"
+                    for n, name in zip(solved.nonfinite, names, strict=True)
+                    if n
+                ]
+                if solved.overflowing:
+                    problems.append(
+                        f"{tensor}: the result overflows in {solved.overflowing:,} entries: use `out_dtype: float32`"
+                    )
+                if solved.plain:
+                    self.unsolved.append(tensor)
+                self.progress.advance(self.plan.matrices[tensor].nbytes)
+        if problems:
+            raise NumericError(listing("some numbers are not finite:", problems, NOTHING_PUBLISHED))
+        if self.unsolved:
+            logger.warning(
+                "no solution for %d matrices (%s): they take the plain mean", len(self.unsolved), self.unsolved[0]
+            )
 
     def _sampled_signs(self) -> float:
         """A guess at the sign of the sum of elected signs, so that the first units assume the right majority already.

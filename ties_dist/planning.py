@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -75,11 +75,36 @@ class TensorNumbers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A tensor that is merged whole: a linear layer's weight, for which every expert has a Gram matrix.
+
+    inputs, outputs: of the layer. transposed: stored (inputs, outputs). dtype: of the output, as in its header.
+    """
+
+    inputs: int
+    outputs: int
+    transposed: bool
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Of the merged tensor."""
+        return self.inputs * self.outputs * ITEM_BYTES[self.dtype]
+
+    @property
+    def work_bytes(self) -> int:
+        """Held while it is merged: sum and factor of the Grams and the right-hand side in float64, one expert's Gram
+        and weight (as stored and transposed) in float32, the result on its way to the disk."""
+        return 12 * self.inputs**2 + (8 + 4 + 4) * self.inputs * self.outputs + 2 * self.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergePlan:
     """Everything a worker needs to do any unit, and everything `plan` prints.
 
     base: what non-merged tensors are copied from, and what deltas are taken to. numbers: by tensor name, shared
-    objects where they do not vary. densities: per expert, where the trim's scope is the model.
+    objects where they do not vary. densities: per expert, where the trim's scope is the model. grams: per expert, for
+    the tensors in matrices, of which a worker merges `solvers` at once.
     """
 
     method: Method
@@ -93,6 +118,9 @@ class MergePlan:
     threads: int
     memory_budget: int
     projected_bytes: int
+    grams: tuple[Input, ...] = ()
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    solvers: int = 1
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -117,7 +145,7 @@ class MergePlan:
     @property
     def models(self) -> tuple[Input, ...]:
         """Everything that is read; a model with two parts is in it twice."""
-        return (self.base, *self.experts, *self.extras)
+        return (self.base, *self.experts, *self.extras, *self.grams)
 
     @property
     def operands(self) -> tuple[Input, ...]:
@@ -131,7 +159,7 @@ class MergePlan:
         for tensor in self.tensors:
             models = self.operands if tensor.merged else (self.base,)
             read += sum(tensor.numel * ITEM_BYTES[m.tensors[tensor.source].dtype] for m in models)
-        return read
+        return read + sum(4 * len(self.grams) * matrix.inputs**2 for matrix in self.matrices.values())
 
     @cached_property
     def counter_names(self) -> tuple[str, ...]:
@@ -230,9 +258,32 @@ def fit_unit_bytes(
     raise PlanError(
         f"--memory-budget {readable(budget)} is too small: units of {readable(unit_bytes)} need {readable(buffers)} of "
         f"buffers ({len(operands)} inputs, {threads} threads). Raise --memory-budget (it is per worker process) to at "
-        f"least {readable(-(-buffers // BLOCK_BYTES) * BLOCK_BYTES)}"
+        f"least {readable(_whole_mebibytes(buffers))}"
         + (", or give a smaller --unit-size." if asked and asked > BLOCK_BYTES else ".")
     )
+
+
+def fit_matrices(matrices: Mapping[str, Matrix], *, budget: int, threads: int, buffers: int) -> tuple[int, int]:
+    """How many matrices are merged at once, and the projected peak with them, in bytes. Raises PlanError.
+
+    They are merged before the units are: the buffers of these stay allocated only later.
+    """
+    if not matrices:
+        return 1, buffers
+    name, largest = max(matrices.items(), key=lambda item: item[1].work_bytes)
+    if largest.work_bytes > budget:
+        raise PlanError(
+            f"'{name}' ({largest.outputs:,} x {largest.inputs:,}) is merged whole and needs "
+            f"{readable(largest.work_bytes)} per worker in float64; --memory-budget is {readable(budget)}. Raise "
+            f"--memory-budget (it is per worker process) to at least {readable(_whole_mebibytes(largest.work_bytes))}, "
+            "or list the tensor under `exclude`."
+        )
+    solvers = max(1, min(threads, budget // largest.work_bytes))
+    return solvers, max(buffers, solvers * largest.work_bytes)
+
+
+def _whole_mebibytes(size: int) -> int:
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def statistics_bytes(method: Method, operands: int, threads: int) -> int:

@@ -18,15 +18,13 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from ties_dist.checkpoint import open_checkpoint
 from ties_dist.errors import CheckpointError
 from ties_dist.kernels.native import processor
 from ties_dist.planning import Input, readable
-from ties_dist.prepare import files_of, identify
+from ties_dist.prepare import files_of, open_input
 from ties_dist.publish import OutFolder
 from ties_dist.site import Site
 from ties_dist.storage.backends import memory_limit
-from ties_dist.storage.readers import open_reader
 
 PROBE_BYTES = 3 << 12
 COMPARED = ("ties-dist", "numpy", "llvmlite", "torch")
@@ -78,11 +76,7 @@ def _versions(expected: Expectation) -> Iterator[str]:
 def _inputs(site: Site) -> Iterator[str]:
     for model in {m.path: m for m in site.plan.models}.values():
         try:
-            found = identify(
-                open_checkpoint(
-                    Path(model.path), name=model.name, reader=lambda p: open_reader(p, site.resources.backend)
-                )
-            )
+            _, found = open_input(Path(model.path), model.name, site.resources.backend)
         except (CheckpointError, OSError) as error:
             yield f"{model.path}: {error}"
             continue

@@ -16,6 +16,7 @@ from typing import cast
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.congruence import EqualCheck, MergeSet, compare
 from ties_dist.errors import CheckpointError, RecipeError, listing
+from ties_dist.expert_statistics import ExpertStatistics, how_to_collect, is_statistics
 from ties_dist.kernels.merge import KernelKind
 from ties_dist.layout import TensorSpec, lay_out
 from ties_dist.methods import known_methods
@@ -26,14 +27,17 @@ from ties_dist.planning import (
     PROCESS_BYTES,
     UNITS_AROUND,
     Input,
+    Matrix,
     MergePlan,
     Source,
     TensorNumbers,
     digest,
     fingerprint,
+    fit_matrices,
     fit_unit_bytes,
 )
 from ties_dist.recipe import ModelReference, Recipe, layer_depths, load_recipe
+from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
 from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
 from ties_dist.storage.base import Reader
 from ties_dist.storage.readers import open_reader
@@ -119,9 +123,11 @@ def _allow_many_files() -> None:
 
 
 def models_of(recipe: Recipe) -> list[ModelReference]:
-    """What the base's part is played by, the experts, and the model whose signs are taken, in that order."""
+    """What is read, in this order: what plays the base's part, the experts, the model whose signs are taken, the
+    experts' statistics."""
     base = recipe.base or recipe.experts[0].model
-    return [base, *(e.model for e in recipe.experts), *([recipe.elect_from] if recipe.elect_from else [])]
+    oracle = [recipe.elect_from] if recipe.elect_from else []
+    return [base, *(e.model for e in recipe.experts), *oracle, *(e.statistics for e in recipe.experts if e.statistics)]
 
 
 def assemble(
@@ -137,15 +143,19 @@ def assemble(
         {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
     )
     base, count = opened[0], len(recipe.experts)
+    models = [_input(*each) for each in zip(opened, models_of(recipe), identities, strict=True)]
+    _check_statistics(recipe, method, identities)
+    # Gram matrices have shapes of their own; whatever else is read looks like the base.
+    alike = len(opened) - (count if method.statistics == "gram" else 0)
     merge_set = compare(
         base,
-        opened[1:],
+        opened[1:alike],
         exclude=recipe.options.exclude,
         vocab=recipe.options.vocab,
         non_float=recipe.options.non_float,
         operand=method.operand,
     )
-    compare_bytes(opened, merge_set)
+    compare_bytes(opened[:alike], merge_set)
     specs = [
         TensorSpec(
             name=t.name,
@@ -158,7 +168,6 @@ def assemble(
         for t in merge_set.tensors
     ]
     layout = lay_out(specs, {name: entry.file for name, entry in base.tensors.items()}, max_shard_bytes)
-    models = [_input(*each) for each in zip(opened, models_of(recipe), identities, strict=True)]
     unit_bytes, buffers = fit_unit_bytes(
         asked=resources.unit_bytes,
         budget=resources.memory_budget,
@@ -168,20 +177,27 @@ def assemble(
         outputs=resources.outputs,
         method=method,
         tensors=specs,
-        operands=models if method.operand == "delta" else models[1:],
+        operands=models[:alike] if method.operand == "delta" else models[1:alike],
+    )
+    matrices = _matrices(recipe, specs, merge_set, opened[alike:])
+    solvers, peak = fit_matrices(
+        matrices, budget=resources.memory_budget, threads=resources.thread_count, buffers=buffers
     )
     plan = MergePlan(
         method=method,
         layout=layout,
         base=models[0],
         experts=tuple(models[1 : 1 + count]),
-        extras=tuple(models[1 + count :]),
+        extras=tuple(models[1 + count : alike]),
         numbers=_numbers(recipe, method, specs),
         fingerprint=fingerprint(recipe.canonical(), layout, models),
         unit_bytes=unit_bytes,
         threads=resources.thread_count,
         memory_budget=resources.memory_budget,
-        projected_bytes=PROCESS_BYTES + (GPU_BYTES if resources.gpu_slots else 0) + buffers,
+        projected_bytes=PROCESS_BYTES + (GPU_BYTES if resources.gpu_slots else 0) + peak,
+        grams=tuple(models[alike:]),
+        matrices=matrices,
+        solvers=solvers,
     )
     return Job(
         recipe=recipe,
@@ -198,6 +214,55 @@ def assemble(
         max_shard_bytes=max_shard_bytes,
         resources=resources,
     )
+
+
+def _check_statistics(recipe: Recipe, method: Method, identities: Sequence[str]) -> None:
+    """Raises CheckpointError where a store is of another kind, or of another checkpoint than its expert."""
+    problems = []
+    for expert, identity in zip(recipe.experts, identities[1:], strict=False):
+        if expert.statistics is not None and method.statistics is not None:
+            store = ExpertStatistics.open(expert.statistics.path)
+            if problem := store.check(method.statistics, identity, name=expert.model.text):
+                problems.append(problem)
+    if problems:
+        raise CheckpointError(listing("statistics that are not of these models:", problems))
+
+
+def _matrices(
+    recipe: Recipe, specs: Sequence[TensorSpec], merge_set: MergeSet, grams: Sequence[Checkpoint]
+) -> dict[str, Matrix]:
+    """Tensors that are merged whole: those for which every expert's store has a Gram matrix.
+
+    Raises CheckpointError where a matrix does not fit its weight, or none fits any.
+    """
+    if not grams:
+        return {}
+    stores = [ExpertStatistics.open(e.statistics.path) for e in recipe.experts if e.statistics]
+    problems, matrices = [], {}
+    for tensor in specs:
+        found = [s.arrays[tensor.source] for s in stores if tensor.source in s.arrays]
+        if not tensor.counted or len(found) < len(stores):
+            continue
+        if len(tensor.shape) != 2 or len({f.transposed for f in found}) > 1:
+            problems.append(f"{tensor.source}: {tensor.shape} is no weight of a linear layer of all models")
+            continue
+        outputs, inputs = reversed(tensor.shape) if found[0].transposed else tensor.shape
+        problems += [
+            f"{tensor.source}: takes {inputs:,} inputs, a Gram matrix is {f.shape}"
+            for f in found
+            if f.shape != (inputs,) * 2
+        ]
+        matrices[tensor.source] = Matrix(
+            inputs=inputs, outputs=outputs, transposed=found[0].transposed, dtype=tensor.dtype
+        )
+    if problems:
+        raise CheckpointError(listing("Gram matrices that do not fit their weights:", problems))
+    if not matrices:
+        raise CheckpointError(
+            f"no tensor has a Gram matrix in all of {', '.join(str(s.path) for s in stores)}. "
+            f"{how_to_collect('', 'gram')}"
+        )
+    return matrices
 
 
 def _equal_inputs(models: Sequence[Input], count: int, method: Method) -> list[str]:
@@ -220,17 +285,22 @@ def _open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[l
         if reference.path in known or reference.path in identities:
             continue
         try:
-            checkpoint = open_checkpoint(
-                reference.path, name=reference.name, reader=lambda path: open_reader(path, backend)
-            )
-            known[reference.path] = checkpoint
-            identities[reference.path] = identify(checkpoint)
+            known[reference.path], identities[reference.path] = open_input(reference.path, reference.name, backend)
         except CheckpointError as error:
             identities[reference.path] = ""
             problems.append(str(error))
     if problems:
         raise CheckpointError("\n".join(problems))
     return [known[r.path] for r in references], [identities[r.path] for r in references]
+
+
+def open_input(path: Path, name: str, backend: Backend) -> tuple[Checkpoint, str]:
+    """The catalogue and the identity of a model, or of a store of statistics. Raises CheckpointError."""
+    if is_statistics(path):
+        store = ExpertStatistics.open(path)
+        return store.as_checkpoint(name), store.identity
+    checkpoint = open_checkpoint(path, name=name, reader=lambda place: open_reader(place, backend))
+    return checkpoint, identify(checkpoint)
 
 
 def identify(checkpoint: Checkpoint) -> str:
@@ -321,7 +391,7 @@ def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
 
 def opener(plan: MergePlan, resources: Resources) -> Callable[[Path], Reader]:
     """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so."""
-    models = {m.path: m for m in reversed(plan.models)}
+    models = {m.path: m for m in reversed(plan.models) if not is_statistics(Path(m.path))}
     chosen: dict[str, Backend] = dict.fromkeys(models, resources.backend)
     if resources.backend == "auto":
         files = {path: files_of(m) for path, m in models.items()}
@@ -331,7 +401,7 @@ def opener(plan: MergePlan, resources: Resources) -> Callable[[Path], Reader]:
             choice = choose(facts)
             logger.log(logging.DEBUG if facts.size < SMALL_MODEL else logging.INFO, "reads: '%s' %s", m.name, choice)
             chosen[path] = choice.backend
-    return lambda path: open_reader(path, chosen[str(path)])
+    return lambda path: ArrayReader(path) if is_statistics(path) else open_reader(path, chosen[str(path)])
 
 
 def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
@@ -352,5 +422,7 @@ def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
 def files_of(model: Input) -> list[Path]:
     """What is read of a model."""
     path = Path(model.path)
+    if is_statistics(path):
+        return [path / GROUP_FILE]  # written last, with the digests of all arrays
     names = sorted({source.file for source in model.tensors.values()})
     return [path] if path.is_file() else [path / name for name in names]

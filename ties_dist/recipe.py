@@ -42,6 +42,8 @@ class Expert:
 
     model: ModelReference
     parameters: Mapping[str, Setting]
+    statistics: ModelReference | None = None
+    """The store that the method needs of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,11 @@ class Recipe:
             "merge_method": self.method,
             "base_model": self.base.text if self.base else None,
             "models": [
-                {"model": expert.model.text, "parameters": self._effective(expert.parameters)}
+                {
+                    "model": expert.model.text,
+                    **({"statistics": expert.statistics.text} if expert.statistics else {}),
+                    "parameters": self._effective(expert.parameters),
+                }
                 for expert in self.experts
             ],
             "parameters": self._effective(self.parameters),
@@ -141,7 +147,7 @@ def load_recipe(
     _raise(draft.problems, title)
 
     paths, problems = {}, []
-    entries = [entry.location for entry in draft.models]
+    entries = [each for entry in draft.models for each in (entry.location, entry.statistics)]
     for location in dict.fromkeys(each for each in (draft.base, *entries, draft.elect_from) if each):
         try:
             paths[location] = fetch(location)
@@ -177,7 +183,17 @@ def _build(draft: Draft, paths: Mapping[Location, Path]) -> Recipe:
     listed: set[Location] = set()
     for entry, parameters in zip(draft.models, draft.expert_parameters, strict=True):
         assert entry.location is not None
-        experts.append(Expert(model=refer(entry.location, repeated=entry.location in listed), parameters=parameters))
+        model = refer(entry.location, repeated=entry.location in listed)
+        statistics = (
+            ModelReference(
+                text=entry.statistics.text,
+                name=f"{draft.spec.statistics} of {model.name}",
+                path=paths[entry.statistics],
+            )
+            if entry.statistics
+            else None
+        )
+        experts.append(Expert(model=model, parameters=parameters, statistics=statistics))
         listed.add(entry.location)
     return Recipe(
         method=draft.method,

@@ -125,7 +125,7 @@ def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) ->
 
 def check_space(out: OutFolder, job: Job, *, publishing: bool) -> None:
     """Raises PlanError where the disk has no room for what is still to be written. publishing: see `OutFolder.part`."""
-    needed = job.plan.layout.total_bytes
+    needed = job.plan.layout.total_bytes + sum(m.nbytes for m in job.plan.matrices.values())
     files = (out.part(shard, publishing=publishing) for shard in job.plan.layout.shards)
     have = sum(file.stat().st_blocks * 512 for file in files if file is not None)
     free = shutil.disk_usage(out.path).free

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ties_dist.kernels.native import KernelStore
 from ties_dist.lock import Holder, RunLock
+from ties_dist.matrices import Matrices
 from ties_dist.planning import MergePlan
 from ties_dist.prepare import Resources, opener
 from ties_dist.publish import OutFolder
@@ -39,4 +40,8 @@ class Site:
             KernelStore(self.resources.kernel_cache),
             gpus,
         )
-        return MergeStep(worker, LocalWriter(self.folder.parts, self.folder.path, fence=lock.check))
+        return MergeStep(
+            worker,
+            LocalWriter(self.folder.parts, self.folder.path, fence=lock.check),
+            Matrices(self.folder.run / "matrices", fence=lock.check),
+        )

@@ -124,6 +124,7 @@ def describe(
     thresholds_from: str | None,
     mispredicted: bool,
     phases: Mapping[str, float],
+    remarks: Sequence[str] = (),
 ) -> MergeReport:
     plan = job.plan
     trims, votes = plan.method.trim is not None, "conflicts" in totals.names
@@ -153,7 +154,7 @@ def describe(
         mispredicted=mispredicted,
         phases=phases,
         tensors={name: _tensor(plan, totals, name) for name in totals.tensors} if trims else {},
-        notes=job.notes,
+        notes=(*job.notes, *remarks),
     )
 
 

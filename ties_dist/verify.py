@@ -14,6 +14,7 @@ from ties_dist.document import read_document
 from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDistError, listing
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.journal import unpack
+from ties_dist.matrices import Matrices
 from ties_dist.passes import Forgetful, Passes
 from ties_dist.planning import Unit, readable
 from ties_dist.prepare import Job, Resources, opener, prepare
@@ -167,7 +168,7 @@ def _recipe(out: Path, places: Mapping[str, str]) -> Mapping[str, object]:
 
     def placed(value: Any) -> Any:
         if isinstance(value, Mapping):
-            keys = ("model", "base_model", "elect_from")
+            keys = ("model", "base_model", "elect_from", "statistics")
             return {k: _place(out, places, v) if k in keys else placed(v) for k, v in value.items()}
         return [placed(v) for v in value] if isinstance(value, list) else value
 
@@ -191,6 +192,8 @@ def _passes(job: Job, out: Path, progress: Progress) -> Passes:
 
 def _again(passes: Passes, unit: Unit, majority: int) -> tuple[str, ...]:
     passes.select_for([unit])
+    passes.step.matrices = Matrices()  # those of other units would fill the memory
+    passes.solve([unit])
     task = passes.task(unit, majority)
     buffer, _, _ = passes.step.compute(task, passes.step.load(task))
     return block_digests(buffer.data[: unit.nbytes])

@@ -7,6 +7,7 @@ operation: a small value that travels to where the worker is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -22,7 +23,8 @@ from ties_dist.kernels.loop import DType
 from ties_dist.kernels.merge import KernelKind, MergeKernel
 from ties_dist.kernels.native import KernelStore
 from ties_dist.kernels.values import Slice
-from ties_dist.layout import ITEM_BYTES, Segment
+from ties_dist.layout import ITEM_BYTES, Segment, TensorSpec
+from ties_dist.matrices import Matrices
 from ties_dist.methods.base import Cut, State
 from ties_dist.planning import Unit, digest
 from ties_dist.storage.base import BLOCK_BYTES, Span, Writer
@@ -74,6 +76,7 @@ class Worker(Counter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.solving = threading.BoundedSemaphore(self.plan.solvers)
         self._state = lru_cache(maxsize=4096)(self._build_state)
 
     @cached_property
@@ -206,7 +209,8 @@ class Part:
 
 @dataclass
 class Loaded:
-    """Spans of a unit's inputs: per segment, one per operand (merged) or the base's alone (copied)."""
+    """Spans of a unit's inputs: per segment, one per operand (merged), or one of what is copied: the base's, or of a
+    matrix that was merged before."""
 
     segments: list[Segment]
     spans: list[list[Span]]
@@ -230,6 +234,7 @@ class MergeStep:
 
     worker: Worker
     writer: Writer
+    matrices: Matrices = field(default_factory=Matrices)
     buffers: Buffers = field(default_factory=Buffers)
 
     @cached_property
@@ -239,11 +244,23 @@ class MergeStep:
 
     def load(self, task: MergeTask) -> Loaded:
         segments = self.worker.segments(task.unit)
-        spans = []
+        spans: list[list[Span]] = []
         for s in segments:
+            if self.is_solved(s.tensor):
+                item = s.tensor.item_bytes
+                spans.append([self.matrices.read(s.tensor.source, s.start * item, s.stop * item)])
+                continue
             models = self.worker.operands if s.tensor.merged else [self.worker.base]
             spans.append([m.read(s.tensor.source, s.start, s.stop) for m in models])
         return Loaded(segments, spans)
+
+    def is_solved(self, tensor: TensorSpec) -> bool:
+        """Whether a tensor was merged whole, and is copied from there."""
+        if not tensor.merged or tensor.source not in self.worker.plan.matrices:
+            return False
+        solved = self.matrices.get(tensor.source)
+        assert solved is not None, "matrices are merged before the units"
+        return not solved.plain
 
     def compute(self, task: MergeTask, loaded: Loaded) -> Computed:
         computed = self.merge(task, loaded)
@@ -264,7 +281,7 @@ class MergeStep:
         parts: list[Part] = []
         for segment, spans in zip(loaded.segments, loaded.spans, strict=True):
             place = out[segment.offset - unit.start : segment.offset - unit.start + segment.nbytes]
-            if not segment.tensor.merged:
+            if not segment.tensor.merged or self.is_solved(segment.tensor):
                 place[:] = spans[0].view
                 continue
             merged.append(segment)

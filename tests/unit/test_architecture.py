@@ -39,8 +39,8 @@ def test_layout_and_plan_open_no_file() -> None:
 
 LAYERS = [
     {"errors", "parameter", "document", "settings", "models", "options", "dialect", "recipe"},
-    {"header", "checkpoint", "congruence", "methods", "storage", "threshold", "kernels"},
-    {"layout", "planning", "counting", "work"},
+    {"header", "checkpoint", "expert_statistics", "congruence", "methods", "storage", "threshold", "kernels"},
+    {"layout", "planning", "counting", "matrices", "work"},
     {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"}
     | {"site", "preflight"},
     {"scan", "passes", "engine", "verify"},

@@ -105,10 +105,8 @@ def test_files_that_cannot_be_mapped_are_told_unless_they_are_not_to_be(
     monkeypatch.setattr("mmap.mmap", refuse)
     pread = replace(site, resources=replace(site.resources, backend="pread"))
     assert problems(pread) == ""
-    monkeypatch.setattr("ties_dist.preflight.open_checkpoint", lambda path, **_: path)
-    monkeypatch.setattr(
-        "ties_dist.preflight.identify", lambda path: {m.path: m for m in site.plan.models}[str(path)].identity
-    )
+    identities = {m.path: m.identity for m in site.plan.models}
+    monkeypatch.setattr("ties_dist.preflight.open_input", lambda path, *_: (None, identities[str(path)]))
     assert (
         problems(site).count("files cannot be mapped here ([Errno 19] No such device); give --read-backend pread") == 3
     )

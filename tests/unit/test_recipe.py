@@ -23,6 +23,7 @@ class FakeMethod:
 
     parameters: tuple[Parameter, ...]
     operand: Literal["delta", "weight"] = "delta"
+    statistics: str | None = None
     options: frozenset[str] = frozenset()
 
 

@@ -36,6 +36,21 @@ def widened(content: memoryview, dtype: DType) -> np.ndarray:
     return values.astype(np.float32, copy=False)
 
 
+def narrowed(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """(n,) float32 as they are stored, rounded to nearest even: the kernels' one cast, for what numpy computes."""
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            return values.astype(STORED[dtype])
+    bits = values.view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (np.where(np.isnan(values), np.uint32(0x7FC00000), rounded) >> np.uint32(16)).astype(STORED[dtype])
+
+
+def beyond(values: np.ndarray, dtype: DType) -> int:
+    """How many of (n,) float32 are NaN, Inf or become so in `dtype`."""
+    return int((~np.isfinite(widened(narrowed(values, dtype).data.cast("B"), dtype))).sum())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slice:
     """Some consecutive elements of one tensor, to be merged into `out` with one state.

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from ties_dist.errors import RecipeError
 from ties_dist.methods.base import Cut, Method, State, TrimRule
 from ties_dist.methods.dare import DareLinear, DareTies
+from ties_dist.methods.fisher import Fisher
 from ties_dist.methods.linear import Linear
+from ties_dist.methods.regmean import RegMean
 from ties_dist.methods.task_arithmetic import TaskArithmetic
 from ties_dist.methods.ties import Ties
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Linear, TaskArithmetic, Ties, DareLinear, DareTies)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (Linear, TaskArithmetic, Ties, Fisher, RegMean, DareLinear, DareTies)
+}
 
 
 class External(dict[str, type[Method]]):

@@ -8,7 +8,7 @@ kernel is on disk never loads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -64,12 +64,14 @@ class TrimRule:
 class Method:
     """Base class of every merge method; a frozen value, so that it can key a compiled kernel.
 
-    operand: what `merge` gets of each expert: its delta to the base, or its weights as they are.
+    operand: what `merge` gets of each expert: its delta to the base, or its weights as they are. statistics: what it
+    has to know of each expert besides: 'fisher' diagonals come to `merge` as extras, 'gram' matrices to `solve`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     operand: ClassVar[Literal["delta", "weight"]]
+    statistics: ClassVar[Literal["fisher", "gram"] | None] = None
     parameters: ClassVar[tuple[Parameter, ...]]
     options: ClassVar[frozenset[str]] = frozenset()
 
@@ -123,6 +125,20 @@ class Method:
         base: (n,) float32. operands: per expert (n,) float32, deltas or weights. extras: side tensors (n,) float32.
         position: 0-d int64, flat index in its tensor of the slice's first element.
         Returns the merged (n,) float32 and 0-d int32 counters (`count`) named by `counters`.
+        """
+        raise NotImplementedError
+
+    def solve(
+        self,
+        parameters: Mapping[str, float],
+        experts: Sequence[Mapping[str, float]],
+        grams: Sequence[Callable[[], np.ndarray]],
+        weights: Sequence[Callable[[], np.ndarray]],
+    ) -> np.ndarray | None:
+        """Merge one matrix for which every expert has a Gram matrix, whole and in one fixed order.
+
+        grams: read the (in, in) float32 of each expert; weights: its (in, out) float32.
+        Returns (in, out) float64; None where there is no solution, and `merge` is to merge it instead.
         """
         raise NotImplementedError
 
