@@ -27,7 +27,9 @@ from ties_dist.errors import (
 
 if TYPE_CHECKING:
     from ties_dist.api import PlanReport, merge, plan
+    from ties_dist.collecting import collect
     from ties_dist.executors.base import Cluster
+    from ties_dist.expert_statistics import ExpertStatistics
     from ties_dist.recipe import Recipe, load_recipe
     from ties_dist.report import MergeReport
     from ties_dist.state_dicts import merge_state_dicts
@@ -37,6 +39,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Cluster": "executors.base",
+    "ExpertStatistics": "expert_statistics",
+    "collect": "collecting",
     "merge": "api",
     "merge_state_dicts": "state_dicts",
     "sweep": "sweeping",
@@ -52,6 +56,7 @@ __all__ = [
     "Cluster",
     "ClusterError",
     "DamageError",
+    "ExpertStatistics",
     "LockedError",
     "MergeReport",
     "NumericError",
@@ -64,6 +69,7 @@ __all__ = [
     "StoppedError",
     "TiesDistError",
     "UnitError",
+    "collect",
     "load_recipe",
     "merge",
     "merge_state_dicts",

@@ -262,6 +262,34 @@ def verify_command(
         click.echo(summary(report))
 
 
+@cli.command("collect")
+@click.argument("kind", type=click.Choice(["fisher", "gram"]))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Examples, one JSON object a line.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="STORE", help="Where to; resumes there.")
+@click.option("--model", metavar="P.M:F", help="A function of yours that makes the model.  [default: by transformers]")
+@click.option("--examples", type=click.IntRange(min=1), help="Use the first so many.  [default: all]")
+@click.option("--max-length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a text.")
+@click.option(
+    "--memory-budget", type=SIZE, default="2GiB", show_default=True, help="For what is collected, beside the model."
+)
+@click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1, ...")
+@click.option("--fresh", is_flag=True, help="Discard what stands in STORE.")
+@TALK
+def collect_command(as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
+    """Run CHECKPOINT over examples, for what `fisher` and `regmean` have to know of it."""
+    _log(verbose, quiet)
+    with _signals() as stop:
+        from ties_dist.collecting import collect
+
+        store = collect(stop=stop, progress=_progress(quiet), **options)
+    found = {"kind": store.origin.kind, "arrays": len(store.arrays), "examples": store.origin.examples}
+    if as_json:
+        click.echo(json.dumps(found | {"store": str(store.path)}, indent=2))
+    elif not quiet:
+        click.echo(f"{store.path}: {found['kind']} of {found['arrays']} tensors from {found['examples']} examples")
+
+
 @cli.command("methods")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def methods_command(as_json: bool) -> None:

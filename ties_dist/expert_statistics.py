@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,9 @@ from ties_dist.checkpoint import Checkpoint
 from ties_dist.errors import CheckpointError
 from ties_dist.header import TensorEntry
 from ties_dist.storage.arrays import CHUNK_ITEMS, GROUP_FILE, ArrayReader, is_group
+from ties_dist.storage.local import sync_folder
 
 Kind = Literal["fisher", "gram"]
-KINDS: tuple[Kind, ...] = ("fisher", "gram")
 ATTRIBUTES = "ties_dist"
 VERSION = 1
 
@@ -86,9 +87,14 @@ class ExpertStatistics:
             return None
 
     def create(self) -> None:
+        """An empty store; what an earlier one left is removed, and nothing else."""
         import zarr
 
-        zarr.open_group(self.path, mode="w", attributes=self._attributes())
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / GROUP_FILE).unlink(missing_ok=True)
+        for old in [p for p in self.path.iterdir() if is_group(p)]:
+            shutil.rmtree(old)
+        zarr.create_group(self.path, attributes=self._attributes())
 
     def add(self, name: str, values: np.ndarray, *, transposed: bool = False) -> None:
         """Write one array, of any shape, and only then say that it is there."""
@@ -104,6 +110,7 @@ class ExpertStatistics:
             overwrite=True,
         )
         array[:] = flat
+        _sync(self.path / quote(name, safe=""))
         content = xxhash.xxh3_128_hexdigest(flat.data)
         self.arrays[name] = StoredArray(shape=tuple(values.shape), digest=content, transposed=transposed)
         self._save()
@@ -116,6 +123,7 @@ class ExpertStatistics:
         import zarr
 
         zarr.open_group(self.path, mode="r+").update_attributes(self._attributes())
+        _sync(self.path, depth=0)
 
     def _attributes(self) -> dict[str, Any]:
         arrays = {name: asdict(entry) for name, entry in sorted(self.arrays.items())}
@@ -166,6 +174,17 @@ class ExpertStatistics:
         return None
 
 
+def _sync(folder: Path, depth: int = 9) -> None:
+    """Make the files of a folder durable: Zarr does not."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        elif depth:
+            _sync(path, depth - 1)
+    sync_folder(folder)
+
+
 def how_to_collect(name: str, kind: str = "fisher|gram") -> str:
     model = name or "CHECKPOINT"
     return f"Collect it with `ties-dist collect {kind} {model} --data FILE.jsonl --out STORE`."
@@ -173,7 +192,3 @@ def how_to_collect(name: str, kind: str = "fisher|gram") -> str:
 
 def is_statistics(path: Path) -> bool:
     return path.is_dir() and is_group(path)
-
-
-def shapes(statistics: ExpertStatistics) -> Mapping[str, tuple[int, ...]]:
-    return {name: entry.shape for name, entry in statistics.arrays.items()}

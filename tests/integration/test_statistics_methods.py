@@ -1,4 +1,4 @@
-"""Fisher merging and RegMean against closed forms in float64, out of core, in any cut, resumed, and with wrong stores."""
+"""Fisher merging and RegMean against closed forms in float64: out of core, in any cut, resumed, with wrong stores."""
 
 from __future__ import annotations
 

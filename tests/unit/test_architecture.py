@@ -44,7 +44,8 @@ LAYERS = [
     {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"}
     | {"site", "preflight"},
     {"scan", "passes", "engine", "verify"},
-    {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "cli", "__main__", "__init__"},
+    {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "cli", "__main__", "__init__"}
+    | {"subjects", "collecting"},
 ]
 
 
