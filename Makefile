@@ -38,10 +38,12 @@ drill-ray: .venv/installed
 bench: .venv/installed .venv-mergekit/installed
 	$(BIN)/python -m benchmarks.vs_peers --report
 
+# Of fusion-bench one file judges a test; what it depends on is a training framework.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP) --upgrade pip setuptools
 	$(BIN)/python $(PIP) --editable '.[demo,test,lint]'
+	-$(BIN)/python $(PIP) --no-deps fusion-bench
 	touch $@
 
 # mergekit has dependencies of its own; where it cannot be installed, its conformance tests are skipped and say so.

@@ -216,6 +216,7 @@ def methods_document() -> list[dict[str, object]]:
         {
             "name": name,
             "summary": method.summary,
+            "statistics": method.statistics,
             "reads": "once, or twice where thresholds cannot be predicted"
             if "trim_scope" in method.options
             else "once",
@@ -246,5 +247,8 @@ def methods_table() -> None:
             table.add_row(str(p["name"]), default, "yes" if p["per_model"] else "", str(p["note"]))
         console.print(table)
         options = cast("list[str]", found["options"])
+        reads = str(found["reads"]) + (
+            f"; needs `ties-dist collect {found['statistics']}`" if found["statistics"] else ""
+        )
         tail = f"; options of its own (docs/recipe.md): {', '.join(options)}" if options else ""
-        console.print(f"reads the inputs {found['reads']}{tail}\n", soft_wrap=True)
+        console.print(f"reads the inputs {reads}{tail}\n", soft_wrap=True)
