@@ -65,7 +65,7 @@ class Matrices:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise output_error(error, self.folder) from error
-        write_durably(self._path(tensor, "bytes"), bytes(content), self.fence)
+        write_durably(self._path(tensor, "bytes"), content, self.fence)
         write_durably(self._path(tensor, "json"), json.dumps(vars(solved)), self.fence)
 
     def get(self, tensor: str) -> Solved | None:
@@ -153,7 +153,7 @@ def _solve(worker: Worker, tensor: str) -> tuple[Solved, memoryview]:
         return Solved(plain=True, nonfinite=nonfinite), memoryview(b"")
     dtype = TYPES[matrix.dtype]
     with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(merged if matrix.transposed else merged.T).astype(np.float32).reshape(-1)
+        values = (merged if matrix.transposed else merged.T).astype(np.float32, order="C").reshape(-1)
     content = narrowed(values, dtype).data.cast("B")
     solved = Solved(plain=False, digest=digest(content), nonfinite=nonfinite, overflowing=beyond(values, dtype))
     return solved, content

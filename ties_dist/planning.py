@@ -31,6 +31,8 @@ PROCESS_BYTES = 480 << 20
 """Resident set of a worker before any unit: Python, torch, numba and their libraries."""
 GPU_BYTES = 512 << 20
 """What the driver adds to a process that uses GPUs: an allowance, not yet measured."""
+SOLVER_BYTES = 192 << 20
+"""What numba adds to a process that compiles the solver for the first time, and malloc keeps of freed matrices."""
 EAGER_TEMPORARIES = 12
 """Float32 temporaries per operand and element of an eager block."""
 
@@ -93,9 +95,9 @@ class Matrix:
 
     @property
     def work_bytes(self) -> int:
-        """Held while it is merged: sum and factor of the Grams and the right-hand side in float64, one expert's Gram
-        and weight (as stored and transposed) in float32, the result on its way to the disk."""
-        return 12 * self.inputs**2 + (8 + 4 + 4) * self.inputs * self.outputs + 2 * self.nbytes
+        """Held while it is merged: the Grams' sum in float64, one expert's as it is read and widened; the right-hand
+        side in float64, an expert's weight as read, widened and transposed; then the result, which replaces those."""
+        return (8 + 4 + 4) * self.inputs**2 + (8 + 4 + 4 + 4) * self.inputs * self.outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +281,7 @@ def fit_matrices(matrices: Mapping[str, Matrix], *, budget: int, threads: int, b
             "or list the tensor under `exclude`."
         )
     solvers = max(1, min(threads, budget // largest.work_bytes))
-    return solvers, max(buffers, solvers * largest.work_bytes)
+    return solvers, max(buffers, solvers * largest.work_bytes) + SOLVER_BYTES
 
 
 def _whole_mebibytes(size: int) -> int:

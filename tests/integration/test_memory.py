@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import ties_dist
 from tests.conftest import Checkpoints, random_models
+from tests.integration.test_statistics_methods import write_recipe
 
 MIB = 1 << 20
 
@@ -62,3 +64,26 @@ def recipe_with_weights(recipe: Path) -> Path:
     path = recipe.with_name("weighted.yml")
     path.write_text(json.dumps(document))
     return path
+
+
+@pytest.mark.slow
+def test_matrices_that_are_merged_whole_stay_within_the_projection(tmp_path: Path) -> None:
+    """Four of 2,500 inputs: each needs 75 MB for its Grams alone, and the budget has room for one or two at a time."""
+    shapes = {f"layers.{i}.weight": (1500, 2500) for i in range(4)}
+    models, draw = random_models(shapes, experts=2)[1:], np.random.default_rng(0)
+    x = draw.normal(size=(300, 2500)).astype(np.float32)
+    recipe = write_recipe(tmp_path, "regmean", models, [dict.fromkeys(shapes, x.T @ x)] * 2)
+    del models, x
+    for budget in (200 * MIB, 400 * MIB):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "ties_dist", "merge", str(recipe), str(tmp_path / f"out-{budget}"), "--json"),
+                *("-q", "--memory-budget", str(budget), "--unit-size", "1MiB"),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        report = json.loads(done.stdout)
+        assert report["peak_rss_bytes"] <= 1.15 * report["projected_bytes"], (budget, report)
+        print(budget // MIB, report["peak_rss_bytes"] // MIB, report["projected_bytes"] // MIB)

@@ -299,9 +299,11 @@ def test_a_matrix_that_does_not_fit_the_budget_is_refused_with_the_numbers(tmp_p
     shapes = {"wide.weight": (8, 3000)}
     stores = [{"wide.weight": np.eye(3000, dtype=np.float32)} for _ in range(2)]
     recipe = write_recipe(tmp_path, "regmean", random_models(shapes, experts=2)[1:], stores)
-    with pytest.raises(PlanError, match=r"'wide.weight' \(8 x 3,000\) is merged whole and needs 103\.\dMiB per worker"):
+    with pytest.raises(
+        PlanError, match=r"'wide.weight' \(8 x 3,000\) is merged whole and needs 13\d\.\dMiB per worker"
+    ):
         ties_dist.plan(recipe, memory_budget=64 << 20, threads=1)
-    assert ties_dist.plan(recipe, memory_budget=128 << 20, threads=1).projected_bytes > 103 << 20
+    assert ties_dist.plan(recipe, memory_budget=160 << 20, threads=1).projected_bytes > 137 << 20
 
 
 @pytest.mark.parametrize("where", ["weight", "gram"])

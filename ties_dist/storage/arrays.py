@@ -50,9 +50,11 @@ class ArrayReader:
         at = first
         while at < last:
             number = at // CHUNK_ITEMS
-            end = min(last, (number + 1) * CHUNK_ITEMS)
-            low = number * CHUNK_ITEMS
-            out[at - first : end - first] = self._chunk(name, number)[at - low : end - low]
+            low, high = number * CHUNK_ITEMS, (number + 1) * CHUNK_ITEMS
+            end = min(last, high)
+            whole = at == low and end == high  # nobody else will ask for it
+            chunk = self._read(name, number) if whole else self._chunk(name, number)
+            out[at - first : end - first] = chunk[at - low : end - low]
             at = end
         return MemorySpan(view=out.data.cast("B"))
 
@@ -62,16 +64,19 @@ class ArrayReader:
             if key in self._chunks:
                 self._chunks.move_to_end(key)
                 return self._chunks[key]
-        array = self._array(name)
-        try:
-            found = np.asarray(array[number * CHUNK_ITEMS : (number + 1) * CHUNK_ITEMS], dtype=np.float32)
-        except Exception as error:  # zarr's, numcodecs' and the disk's errors share no root
-            raise CheckpointError(f"{self.path}: {name} cannot be read: {error}. Collect it again.") from error
+        found = self._read(name, number)
         with self._lock:
             self._chunks[key] = found
             while len(self._chunks) > KEPT_CHUNKS:
                 self._chunks.popitem(last=False)
         return found
+
+    def _read(self, name: str, number: int) -> np.ndarray:
+        array = self._array(name)
+        try:
+            return np.asarray(array[number * CHUNK_ITEMS : (number + 1) * CHUNK_ITEMS], dtype=np.float32)
+        except Exception as error:  # zarr's, numcodecs' and the disk's errors share no root
+            raise CheckpointError(f"{self.path}: {name} cannot be read: {error}. Collect it again.") from error
 
     def _array(self, name: str) -> Any:
         with self._lock:

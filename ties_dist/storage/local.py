@@ -163,7 +163,7 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, content: str | bytes, check: Callable[[], None] = lambda: None) -> None:
+def write_durably(path: Path, content: str | bytes | memoryview, check: Callable[[], None] = lambda: None) -> None:
     """Write a small file so that it is there wholly or not at all.
 
     check: called when the content is durable, before it gets its name; raises where that must not happen any more.
