@@ -93,6 +93,11 @@ class Matrix:
         """Of the merged tensor."""
         return self.inputs * self.outputs * ITEM_BYTES[self.dtype]
 
+    def operations(self, experts: int) -> int:
+        """Float64 additions and multiplications: a product per expert, a factor, two substitutions."""
+        products = 2 * (experts + 1) * self.inputs**2 * self.outputs
+        return products + self.inputs**3 // 3
+
     @property
     def work_bytes(self) -> int:
         """Held while it is merged: the Grams' sum in float64, one expert's as it is read and widened; the right-hand

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -22,6 +23,7 @@ from ray.exceptions import RayTaskError
 
 import ties_dist
 from tests.conftest import random_models, write_job
+from tests.integration.test_statistics_methods import write_recipe
 from ties_dist.errors import ClusterError, PlanError
 from ties_dist.executors import ray as ray_executor
 from ties_dist.executors.base import Cluster
@@ -109,6 +111,20 @@ def test_thresholds_of_single_tensors_are_selected_by_the_workers(
 ) -> None:
     local = ties_dist.merge(recipe, tmp_path / "local", semantics=semantics, cache_dir=tmp_path / "cache")
     assert merge(semantics=semantics).output_digest == local.output_digest
+
+
+def test_matrices_are_merged_by_the_workers(nodes: RayCluster, tmp_path: Path) -> None:
+    shapes = {f"layers.{i}.weight": (300, 200) for i in range(6)} | {"norm.weight": (200,)}
+    draw = np.random.default_rng(0)
+    inputs = [draw.normal(size=(500, 200)).astype(np.float32) for _ in range(2)]
+    stores = [{name: x.T @ x for name in shapes if name != "norm.weight"} for x in inputs]
+    recipe = write_recipe(tmp_path, "regmean", random_models(shapes, experts=2)[1:], stores)
+    local = ties_dist.merge(recipe, tmp_path / "local", cache_dir=tmp_path / "cache")
+    away = ties_dist.merge(
+        recipe, tmp_path / "out", executor="ray", threads=1, cluster=Cluster(workers=2), cache_dir=tmp_path / "cache"
+    )
+    assert away.output_digest == local.output_digest
+    assert away.bytes_read >= 2 * 6 * 4 * (300 * 200 + 200 * 200)  # by the workers
 
 
 class Slow(ray_executor.Worker):

@@ -16,6 +16,8 @@ from ties_dist.executors.orders import Kind
 from ties_dist.planning import Unit
 from ties_dist.work import MergeResult, MergeStep
 
+OPERATIONS_PER_BYTE = 10
+"""5 GFLOP/s and 0.5 GB/s a core, roughly."""
 SUSPICIOUS = 2
 """Failures after which an item gets a worker for itself."""
 
@@ -146,9 +148,17 @@ class Pass:
 
 
 def _place(step: MergeStep | None, item: Any) -> tuple[int, str]:
-    """How much work an item is, in bytes or elements, and what it is near to."""
+    """How much work an item is, in bytes or elements, and what it is near to.
+
+    A matrix that is merged whole: as many bytes as units would have that take as long.
+    """
     if isinstance(item, MergeResult):
         item = item.unit
     if isinstance(item, Unit):
         return item.nbytes, item.shard
-    return (step.worker.plan.sizes.get(item, 1) if step is not None and isinstance(item, str) else 1), ""
+    if step is None or not isinstance(item, str):
+        return 1, ""
+    plan = step.worker.plan
+    if (matrix := plan.matrices.get(item)) is not None:
+        return matrix.operations(len(plan.experts)) // OPERATIONS_PER_BYTE, ""
+    return plan.sizes.get(item, 1), ""

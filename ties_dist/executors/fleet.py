@@ -43,6 +43,8 @@ EXCLUDED_AFTER = 3
 STUCK_SECONDS = 600.0
 """Least time after which an order that was not answered is taken for stuck; or so many times what it should take."""
 STUCK_TIMES = 20
+USUAL_RATE = 5e8
+"""Bytes per second of a worker that has not answered yet: one order may be an hour's work (a large matrix)."""
 GATHER_SECONDS = 20.0
 """How long the others are waited for once the first worker is ready: more may join at any time."""
 END_SECONDS = 1.5
@@ -265,7 +267,7 @@ class FleetExecutor:
         items = tuple(asked.item(i) for i in indices)
         order = Order(number=self.orders, kind=asked.kind, operation=asked.operation, items=items)
         size = sum(asked.board.weights[i] for i in indices)
-        expected = size / member.rate if member.rate else 0.0
+        expected = size / (member.rate or USUAL_RATE)
         now = self.fleet.now()
         self._under_way[order.number] = Sent(
             number=order.number,
