@@ -35,6 +35,7 @@ from ties_dist.planning import (
     fingerprint,
     fit_matrices,
     fit_unit_bytes,
+    readable,
 )
 from ties_dist.recipe import ModelReference, Recipe, layer_depths, load_recipe
 from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
@@ -210,6 +211,7 @@ def assemble(
             *dict.fromkeys(note for checkpoint in opened for note in checkpoint.notes),
             *merge_set.notes,
             *_equal_inputs(models, count, method),
+            *_whole(matrices, solvers),
         ),
         max_shard_bytes=max_shard_bytes,
         resources=resources,
@@ -263,6 +265,16 @@ def _matrices(
             f"{how_to_collect('', 'gram')}"
         )
     return matrices
+
+
+def _whole(matrices: Mapping[str, Matrix], solvers: int) -> list[str]:
+    if not matrices:
+        return []
+    largest = max(matrices.values(), key=lambda m: m.work_bytes)
+    return [
+        f"{len(matrices):,} matrices are merged whole, {solvers} at a time; the largest ({largest.outputs:,} x "
+        f"{largest.inputs:,}) needs {readable(largest.work_bytes)} of memory."
+    ]
 
 
 def _equal_inputs(models: Sequence[Input], count: int, method: Method) -> list[str]:

@@ -79,6 +79,7 @@ def _from_transformers(checkpoint: Path, kind: str, max_length: int) -> Subject:
     made = getattr(transformers, architecture, None)
     if made is None:
         raise PlanError(f"transformers {transformers.__version__} has no {architecture}: give --model.")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     module = made.from_pretrained(checkpoint, dtype="float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
 
