@@ -95,13 +95,13 @@ def run(
     lock.acquire(wait=wait, stop=stop)
     try:
         if (done := claim(folder, job, fresh=fresh, overwrite=overwrite)) is not None:
-            lock.doubt.unlink(missing_ok=True)
+            _settle(lock.doubts)
             return done
         record = read_journals(folder.run)
-        if lock.doubt.exists():
+        if doubts := lock.doubts:
             logger.warning("the run before may still be alive: going on with copies of its partial shards")
             adopt(folder, job.plan.layout.shards, publishing=record.publishing)
-            lock.doubt.unlink()
+            _settle(doubts)
         check_space(folder, job, publishing=record.publishing)
         site = Site(plan=job.plan, resources=job.resources, folder=folder, holder=lock.me)
         executor.start(site)
@@ -133,8 +133,13 @@ def run(
         if usage.unanswered and folder.run.exists():
             with suppress(OSError):  # LockedError: whoever took over doubts us anyhow
                 lock.check()
-                lock.doubt.touch()
+                lock.doubt(lock.token)
         lock.release()
+
+
+def _settle(doubts: Sequence[Path]) -> None:
+    for doubt in doubts:
+        doubt.unlink(missing_ok=True)  # by whoever took over meanwhile
 
 
 def _merge(

@@ -104,13 +104,16 @@ class RunLock:
     def path(self) -> Path:
         return self.folder / "lock"
 
-    @property
-    def doubt(self) -> Path:
-        """There where writes of an earlier holder may still be on their way, until the partial files are replaced.
+    def doubt(self, token: str) -> None:
+        """Note that writes of a holder may still be on their way: it may be alive, or others who wrote for it are, or
+        it knew of such writes when it ended. Stands until the partial files were replaced."""
+        (self.folder / f"doubt-{token}").touch()
+        sync_folder(self.folder)
 
-        It may be alive, or others who wrote for it are; or it knew of such writes when it ended.
-        """
-        return self.folder / "doubt"
+    @property
+    def doubts(self) -> list[Path]:
+        """One file for each such holder, so that who removes those it has seen to removes no later one."""
+        return sorted(self.folder.glob("doubt-*"))
 
     def acquire(self, *, wait: bool = False, stop: threading.Event | None = None) -> None:
         """Take the lock. Raises LockedError naming a living holder, unless told to wait for it; StoppedError."""
@@ -136,8 +139,7 @@ class RunLock:
             holder = self.holder()
             if holder is None or holder.is_dead(self.me) or self._expired(holder, watched, wait=wait):
                 if holder is not None and (holder.elsewhere or not holder.is_dead(self.me)):
-                    self.doubt.touch()
-                    sync_folder(self.folder)
+                    self.doubt(holder.token)
                 claim = self.folder / f"claim-{self.token}"
                 write_durably(claim, json.dumps(asdict(self.me)))
                 claim.replace(self.path)

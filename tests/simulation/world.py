@@ -384,7 +384,7 @@ class Schedule:
                 report = engine.run(
                     self.job, self.out, executor=executor, progress=Quiet(), speculate=self.speculate, wait=True
                 )
-            except (UnitError, OSError) as error:  # a unit that failed again and again: the command is repeated
+            except (UnitError, OutputError) as error:  # a unit that failed again and again: the command is repeated
                 if isinstance(error, LockedError):
                     raise
                 self.told.append(f"  ended with {type(error).__name__}: {error}")

@@ -164,7 +164,7 @@ def test_a_holder_whose_process_is_gone_is_replaced_at_once(folder: Path, open_l
     assert time.monotonic() - began < 5
     assert taker.holder() == taker.me
     assert not lease.exists()
-    assert not taker.doubt.exists()  # the dead write nothing
+    assert not taker.doubts  # the dead write nothing
 
 
 def test_a_dead_holder_for_whom_others_wrote_is_replaced_at_once_and_its_files_with_it(
@@ -177,7 +177,7 @@ def test_a_dead_holder_for_whom_others_wrote_is_replaced_at_once_and_its_files_w
     taker = open_lock(lease_seconds=60)
     taker.acquire()
     assert taker.holder() == taker.me
-    assert taker.doubt.exists()  # its workers may live, on whatever machine
+    assert taker.doubts  # its workers may live, on whatever machine
 
 
 def test_a_killed_holder_that_nobody_has_reaped_is_replaced_at_once(folder: Path, open_lock: OpenLock) -> None:
@@ -274,7 +274,7 @@ def test_a_lease_that_stands_still_for_lease_seconds_by_our_own_clock_is_taken_o
     assert LEASE_SECONDS <= time.monotonic() - began < 10 * LEASE_SECONDS
     assert taker.holder() == taker.me
     assert not lease.exists()
-    assert taker.doubt.exists()  # it may be alive, and write: its files have to be replaced
+    assert taker.doubts  # it may be alive, and write: its files have to be replaced
 
 
 def test_a_lease_that_is_missing_stands_still(folder: Path, open_lock: OpenLock) -> None:
