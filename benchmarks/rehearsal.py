@@ -293,7 +293,7 @@ class Stage:
 
     def passes(self, plan: MergePlan, speculate: bool | None = None) -> Passes:
         kernels = KernelStore(cache_folder(None) / KERNELS)
-        worker = Worker(plan, lambda path: self.readers[path], self.resources.kernel, kernels)
+        worker = Worker(plan, lambda model: self.readers[Path(model.path)], self.resources.kernel, kernels)
         return Passes(
             plan=plan,
             step=MergeStep(worker, DiscardingWriter()),

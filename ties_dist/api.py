@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,14 +19,13 @@ from ties_dist.executors.local import LocalExecutor
 from ties_dist.kernels.merge import KernelKind
 from ties_dist.layout import ITEM_BYTES
 from ties_dist.planning import MergePlan
-from ties_dist.prepare import Job, Resources, prepare
+from ties_dist.prepare import Job, Resources, opener, prepare
 from ties_dist.progress import LogProgress, Progress
 from ties_dist.publish import OutFolder
 from ties_dist.report import MergeReport
 from ties_dist.scan import sample_slices
 from ties_dist.statistics import KERNELS, StatisticsStore, cache_folder
 from ties_dist.storage.backends import Backend
-from ties_dist.storage.readers import open_reader
 from ties_dist.threshold import predict
 from ties_dist.work import Worker
 
@@ -287,7 +285,7 @@ def _free(out: Path) -> int:
 def _sample(job: Job) -> Sample:
     """Thresholds and kept shares as the sampled slices have them, and the time at the rate they were counted."""
     chosen = job.plan
-    worker = Worker(chosen, partial(open_reader, backend=job.resources.backend))
+    worker = Worker(chosen, opener(chosen, job.resources))
     rule = chosen.method.trim
     thresholds: list[float | None] = []
     kept: list[float | None] = []

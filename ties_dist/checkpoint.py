@@ -125,8 +125,9 @@ class _Catalogue:
         indexes = [n for n in names if n.endswith(_INDEX_SUFFIX)]
         if "model" + _INDEX_SUFFIX in indexes:
             indexes = ["model" + _INDEX_SUFFIX]
-        if "adapter_config.json" in names:
-            self.problems.append(f"adapter_config.json: {_ADAPTER}")
+        if "adapter_config.json" in names and "adapter_model.safetensors" in names:
+            self.shards = ("adapter_model.safetensors",)
+            self.notes.append("a PEFT adapter: what it adds to its base, not a model")
         elif len(indexes) > 1:
             self.problems.append(f"{len(indexes)} indexes ({_some(indexes)}): keep the one that is the model.")
         elif indexes:
@@ -153,9 +154,7 @@ class _Catalogue:
 
     def choose_file(self, file: str) -> None:
         """Settle on one file, which is then the whole checkpoint."""
-        if file == "adapter_model.safetensors":
-            self.problems.append(f"{file}: {_ADAPTER}")
-        elif file.endswith(_INDEX_SUFFIX):
+        if file.endswith(_INDEX_SUFFIX):
             self.problems.append(f"{file}: is an index; name the directory instead.")
         elif not file.endswith(_SUFFIX):
             self.problems.append(f"{file}: not a .safetensors file; {_CONVERT}")
@@ -308,7 +307,6 @@ class _Catalogue:
 # -- words for messages -----------------------------------------------------------------------------------------------
 
 _CONVERT: Final = "convert it to safetensors first (transformers: `save_pretrained(..., safe_serialization=True)`)."
-_ADAPTER: Final = "PEFT adapters are not supported yet; merge it into its base first (peft: `merge_and_unload`)."
 
 
 def _some(names: list[str], limit: int = 4) -> str:

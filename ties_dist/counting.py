@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -98,11 +97,11 @@ class Counter:
     """Opened inputs of one plan; counts what statistics of them are asked for."""
 
     plan: MergePlan
-    reader: Callable[[Path], Reader]
+    reader: Callable[[Input], Reader]
 
     def __post_init__(self) -> None:
         models = (self.plan.base, *self.plan.operands, *self.plan.grams)
-        opened = {id(m): ModelReader(m, self.reader(Path(m.path))) for m in models}
+        opened = {id(m): ModelReader(m, self.reader(m)) for m in models}
         self._models = list(opened.values())
         self.base = opened[id(self.plan.base)]
         self.operands = [opened[id(m)] for m in self.plan.operands]

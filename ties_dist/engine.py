@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -194,7 +193,7 @@ def _merge(
     journal.publishing()
     journal.commit()
     origin = {
-        "models": {m.text: os.path.relpath(m.path, folder.path) for m in models_of(job.recipe)},
+        "models": {m.text: m.relative_to(folder.path) for m in models_of(job.recipe)},
         "max_shard_bytes": job.max_shard_bytes,
         "thresholds": pack(passes.model_cuts),
         "majority": report.majority_sign,

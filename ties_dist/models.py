@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ties_dist.errors import RecipeError
@@ -24,6 +24,15 @@ _WANTED = (
 _UNWANTED = ("*/*.safetensors", "consolidated*", "original/*", "onnx/*")
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelReference:
     """One input model, found."""
@@ -34,8 +43,14 @@ class ModelReference:
     """Short, unique among the recipe's models, for people."""
     path: Path
     """Absolute: a folder, or a `.safetensors` file."""
+    adapter: Path | None = None
+    """The folder of a PEFT adapter that is applied to it."""
     revision: str | None = None
     """Of a hub id that names one."""
+
+    def relative_to(self, folder: Path) -> list[str]:
+        """Its paths as seen from a folder: the model's, and the adapter's."""
+        return [os.path.relpath(p, folder) for p in (self.path, self.adapter) if p is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +59,8 @@ class Location:
 
     identity: tuple[str, str | None]
     """(real path, None) or (repository, revision)."""
+    adapter: Location | None = None
+    """Of an adapter that is named behind it, `model+adapter`."""
     text: str = field(compare=False)
     path: Path | None = field(default=None, compare=False)
     """None: on the hub."""
@@ -58,6 +75,8 @@ class Location:
     @property
     def short_name(self) -> str:
         """The last part of the path; a file's name without its suffix, or its folder's where that is just `model`."""
+        if self.adapter is not None:
+            return self.adapter.short_name
         if self.path is None:
             return self.identity[0].rpartition("/")[2]
         path = self.path if self.path.name not in ("", "..") else self.path.resolve()
@@ -77,16 +96,27 @@ def locate(text: str, roots: Sequence[Path], where: str = "") -> Location | str:
     if len({path.resolve() for path in existing}) > 1:
         return f"'{text}' is ambiguous: {existing[0]} and {existing[1]} both exist; write one of them in full"
     if existing:
-        path = existing[0]
+        path = existing[0].parent if existing[0].name == ADAPTER_WEIGHTS else existing[0]
         if path.is_dir() or path.suffix == ".safetensors":
             return Location(identity=(str(path.resolve()), None), text=text, path=path, where=where, tried=tried)
         return f"'{text}' is neither a folder nor a .safetensors file; name the folder that holds the model"
     if "+" in text:
-        return f"'{text}': adapters (`base+lora`) are a mergekit feature that ties_dist does not support yet"
+        return _locate_pair(text, roots, where)
     match = _HUB_ID.fullmatch(text)
     if match is None or text.endswith(".safetensors"):
         return f"'{text}' is not there (no {_places(tried)}), and it is not a hub id (`org/name`, `org/name@revision`)"
     return Location(identity=(match["repo"], match["revision"]), text=text, where=where, tried=tried)
+
+
+def _locate_pair(text: str, roots: Sequence[Path], where: str) -> Location | str:
+    """`model+adapter`; paths may have a plus of their own."""
+    wrong = ""
+    for at in (i for i, letter in enumerate(text) if letter == "+"):
+        model, adapter = (locate(part, roots, where) for part in (text[:at], text[at + 1 :]))
+        if isinstance(model, Location) and isinstance(adapter, Location):
+            return replace(model, text=text, adapter=adapter)
+        wrong = wrong or next(part for part in (model, adapter) if isinstance(part, str))
+    return f"'{text}' is read as model+adapter, but {wrong}"
 
 
 def fetch(location: Location) -> Path:

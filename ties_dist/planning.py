@@ -60,12 +60,14 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One model to read from: path is a folder or a single file; identity is path-free, for the fingerprint."""
+    """One model to read from: path is a folder or a single file, adapter the folder of what is applied to it; identity
+    is path-free, for the fingerprint."""
 
     name: str
     path: str
     tensors: Mapping[str, Source]
     identity: str
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,9 +74,10 @@ def _versions(expected: Expectation) -> Iterator[str]:
 
 
 def _inputs(site: Site) -> Iterator[str]:
-    for model in {m.path: m for m in site.plan.models}.values():
+    for model in {(m.path, m.adapter): m for m in site.plan.models}.values():
         try:
-            _, found = open_input(Path(model.path), model.name, site.resources.backend)
+            adapter = Path(model.adapter) if model.adapter else None
+            _, found = open_input(Path(model.path), adapter, model.name, site.resources.backend)
         except (CheckpointError, OSError) as error:
             yield f"{model.path}: {error}"
             continue

@@ -8,11 +8,12 @@ import random
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+from ties_dist.adapters import adapt, is_of_base, read_adapter
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.congruence import EqualCheck, MergeSet, compare
 from ties_dist.errors import CheckpointError, RecipeError, listing
@@ -21,7 +22,7 @@ from ties_dist.kernels.merge import KernelKind
 from ties_dist.layout import TensorSpec, lay_out
 from ties_dist.methods import known_methods
 from ties_dist.methods.base import Method
-from ties_dist.models import Location, fetch
+from ties_dist.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Location, fetch
 from ties_dist.planning import (
     GPU_BYTES,
     PROCESS_BYTES,
@@ -126,7 +127,7 @@ def _allow_many_files() -> None:
 def models_of(recipe: Recipe) -> list[ModelReference]:
     """What is read, in this order: what plays the base's part, the experts, the model whose signs are taken, the
     experts' statistics."""
-    base = recipe.base or recipe.experts[0].model
+    base = recipe.base or replace(recipe.experts[0].model, adapter=None)
     oracle = [recipe.elect_from] if recipe.elect_from else []
     return [base, *(e.model for e in recipe.experts), *oracle, *(e.statistics for e in recipe.experts if e.statistics)]
 
@@ -290,29 +291,35 @@ def _equal_inputs(models: Sequence[Input], count: int, method: Method) -> list[s
 
 def _open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[list[Checkpoint], list[str]]:
     """Checkpoints in the order of the references, each path opened once; all their problems in one error."""
-    known: dict[Path, Checkpoint] = {}
-    identities: dict[Path, str] = {}
+    known: dict[tuple[Path, Path | None], tuple[Checkpoint, str] | None] = {}
     problems = []
     for reference in references:
-        if reference.path in known or reference.path in identities:
+        key = reference.path, reference.adapter
+        if key in known:
             continue
         try:
-            known[reference.path], identities[reference.path] = open_input(reference.path, reference.name, backend)
+            known[key] = open_input(reference.path, reference.adapter, reference.name, backend)
         except CheckpointError as error:
-            identities[reference.path] = ""
+            known[key] = None
             problems.append(str(error))
     if problems:
-        raise CheckpointError("\n".join(problems))
-    return [known[r.path] for r in references], [identities[r.path] for r in references]
+        raise CheckpointError("\n".join(dict.fromkeys(problems)))
+    found = [pair for r in references if (pair := known[r.path, r.adapter]) is not None]
+    return [checkpoint for checkpoint, _ in found], [identity for _, identity in found]
 
 
-def open_input(path: Path, name: str, backend: Backend) -> tuple[Checkpoint, str]:
-    """The catalogue and the identity of a model, or of a store of statistics. Raises CheckpointError."""
+def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) -> tuple[Checkpoint, str]:
+    """The catalogue and the identity of a model, adapted or not, or of statistics. Raises CheckpointError."""
     if is_statistics(path):
         store = ExpertStatistics.open(path)
         return store.as_checkpoint(name), store.identity
-    checkpoint = open_checkpoint(path, name=name, reader=lambda place: open_reader(place, backend))
-    return checkpoint, identify(checkpoint)
+    own = name if adapter is None else path.stem
+    checkpoint = open_checkpoint(path, name=own, reader=lambda place: open_reader(place, backend))
+    if adapter is None:
+        return checkpoint, identify(checkpoint)
+    found = read_adapter(adapter, name, open_reader)
+    parts = [identify(checkpoint), identify(found.tensors), sorted(found.config.items())]
+    return adapt(checkpoint, found, name), digest(repr(parts).encode())
 
 
 def identify(checkpoint: Checkpoint) -> str:
@@ -335,6 +342,7 @@ def _input(checkpoint: Checkpoint, reference: ModelReference, identity: str) -> 
     return Input(
         name=reference.name,
         path=str(reference.path.absolute()),
+        adapter=str(reference.adapter.absolute()) if reference.adapter is not None else None,
         tensors={name: Source(file=e.file, start=e.start, dtype=e.dtype) for name, e in checkpoint.tensors.items()},
         identity=identity,
     )
@@ -401,9 +409,9 @@ def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
     return True
 
 
-def opener(plan: MergePlan, resources: Resources) -> Callable[[Path], Reader]:
+def opener(plan: MergePlan, resources: Resources) -> Callable[[Input], Reader]:
     """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so."""
-    models = {m.path: m for m in reversed(plan.models) if not is_statistics(Path(m.path))}
+    models = {m.path: m for m in reversed(plan.models) if m.adapter is None and not is_statistics(Path(m.path))}
     chosen: dict[str, Backend] = dict.fromkeys(models, resources.backend)
     if resources.backend == "auto":
         files = {path: files_of(m) for path, m in models.items()}
@@ -413,7 +421,19 @@ def opener(plan: MergePlan, resources: Resources) -> Callable[[Path], Reader]:
             choice = choose(facts)
             logger.log(logging.DEBUG if facts.size < SMALL_MODEL else logging.INFO, "reads: '%s' %s", m.name, choice)
             chosen[path] = choice.backend
-    return lambda path: ArrayReader(path) if is_statistics(path) else open_reader(path, chosen[str(path)])
+
+    def open_one(model: Input) -> Reader:
+        path = Path(model.path)
+        if is_statistics(path):
+            return ArrayReader(path)
+        backend = chosen.get(model.path, "auto")
+        if model.adapter is None:
+            return open_reader(path, backend)
+        # The base's pages were read a moment ago, for the base: the page cache has them, direct I/O would ask the disk.
+        again = "pread" if backend == "direct" else backend
+        return open_input(path, Path(model.adapter), model.name, again)[0].reader
+
+    return open_one
 
 
 def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
@@ -436,5 +456,6 @@ def files_of(model: Input) -> list[Path]:
     path = Path(model.path)
     if is_statistics(path):
         return [path / GROUP_FILE]  # written last, with the digests of all arrays
-    names = sorted({source.file for source in model.tensors.values()})
-    return [path] if path.is_file() else [path / name for name in names]
+    names = sorted({source.file for source in model.tensors.values() if is_of_base(source.file)})
+    beside = [Path(model.adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if model.adapter else []
+    return [path, *beside] if path.is_file() else [*(path / name for name in names), *beside]

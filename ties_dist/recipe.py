@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,7 @@ import yaml
 from ties_dist.dialect import Draft, MethodSpec, read_draft
 from ties_dist.document import read_document
 from ties_dist.errors import RecipeError, listing
-from ties_dist.models import Location, ModelReference, fetch, unique_name
+from ties_dist.models import Location, ModelReference, fetch, is_adapter, unique_name
 from ties_dist.options import COMMON_OPTIONS, Options
 from ties_dist.parameter import Parameter
 from ties_dist.settings import Setting, layer_depths
@@ -146,15 +146,33 @@ def load_recipe(
     draft = read_draft(document, methods=methods, semantics=semantics, roots=(root or folder, Path.cwd()))
     _raise(draft.problems, title)
 
-    paths, problems = {}, []
+    paths: dict[Location, Path] = {}
+    problems = []
     entries = [each for entry in draft.models for each in (entry.location, entry.statistics)]
-    for location in dict.fromkeys(each for each in (draft.base, *entries, draft.elect_from) if each):
+    named = [each for each in (draft.base, *entries, draft.elect_from) if each]
+    for location in dict.fromkeys([*named, *(each.adapter for each in named if each.adapter)]):
         try:
             paths[location] = fetch(location)
         except RecipeError as error:
             problems.append(str(error))
     _raise(problems, title)
+    _raise([problem for location in named for problem in _misplaced(location, draft, paths)], title)
     return _build(draft, paths)
+
+
+def _misplaced(location: Location, draft: Draft, paths: Mapping[Location, Path]) -> Iterator[str]:
+    """Adapters where a model is needed, and the other way round: known once they are fetched."""
+    said = f"{location.where}: '{location.text}'"
+    adapter = is_adapter(paths[location])
+    if location.adapter is not None:
+        if not is_adapter(paths[location.adapter]):
+            yield f"{said}: '{location.adapter.text}' is no PEFT adapter (no adapter_config.json)"
+        if adapter:
+            yield f"{said}: an adapter of an adapter; merge the first into its base"
+    if location == draft.base and (adapter or location.adapter is not None):
+        yield f"{said} is an adapter; name the model that it adapts"
+    elif adapter and location.adapter is None and draft.base is None:
+        yield f"{said} is an adapter; name its base_model, or write it as model+adapter"
 
 
 def _raise(problems: list[str], title: str) -> None:
@@ -174,8 +192,13 @@ def _build(draft: Draft, paths: Mapping[Location, Path]) -> Recipe:
         """An expert listed twice gets two names; a base or oracle that is also an expert has the expert's."""
         if location in known and not repeated:
             return known[location]
-        name = unique_name(location.short_name, taken)
-        reference = ModelReference(text=location.text, name=name, path=paths[location], revision=location.revision)
+        name, path = unique_name(location.short_name, taken), paths[location]
+        adapter = paths[location.adapter] if location.adapter is not None else None
+        if adapter is None and is_adapter(path) and draft.base is not None:
+            path, adapter = paths[draft.base], path
+        reference = ModelReference(
+            text=location.text, name=name, path=path, adapter=adapter, revision=location.revision
+        )
         return known.setdefault(location, reference) if not repeated else reference
 
     base = refer(draft.base) if draft.base else None

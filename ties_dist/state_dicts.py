@@ -68,7 +68,7 @@ def merge_state_dicts(
     writer = MemoryWriter()
     for shard in job.plan.layout.shards:
         writer.create(shard.name, shard.size)
-    worker = Worker(job.plan, lambda path: readers[str(path)], kernel, KernelStore(cache_folder(None) / KERNELS))
+    worker = Worker(job.plan, lambda model: readers[model.path], kernel, KernelStore(cache_folder(None) / KERNELS))
     passes = Passes(
         plan=job.plan,
         step=MergeStep(worker, writer),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -162,7 +162,7 @@ def _check_sample(
     return len(chosen), len(units)
 
 
-def _recipe(out: Path, places: Mapping[str, str]) -> Mapping[str, object]:
+def _recipe(out: Path, places: Mapping[str, Sequence[str] | str]) -> Mapping[str, object]:
     """The resolved recipe with its models where they were, as seen from OUT: as written they may be relative."""
     document, _, _ = read_document(out / RECIPE_COPY)
 
@@ -175,8 +175,13 @@ def _recipe(out: Path, places: Mapping[str, str]) -> Mapping[str, object]:
     return cast("Mapping[str, object]", placed(document))
 
 
-def _place(out: Path, places: Mapping[str, str], text: str) -> str:
-    return str((out / places[text]).resolve()) if text in places else text
+def _place(out: Path, places: Mapping[str, Sequence[str] | str], text: str) -> str:
+    """A model, or model+adapter."""
+    if text not in places:
+        return text
+    found = places[text]
+    parts = [found] if isinstance(found, str) else found
+    return "+".join(str((out / part).resolve()) for part in parts)
 
 
 def _passes(job: Job, out: Path, progress: Progress) -> Passes:

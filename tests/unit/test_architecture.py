@@ -39,7 +39,8 @@ def test_layout_and_plan_open_no_file() -> None:
 
 LAYERS = [
     {"errors", "parameter", "document", "settings", "models", "options", "dialect", "recipe"},
-    {"header", "checkpoint", "expert_statistics", "congruence", "methods", "storage", "threshold", "kernels"},
+    {"header", "checkpoint", "adapted", "adapters", "expert_statistics", "congruence", "methods", "storage"}
+    | {"threshold", "kernels"},
     {"layout", "planning", "counting", "matrices", "work"},
     {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"}
     | {"site", "preflight"},

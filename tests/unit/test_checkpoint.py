@@ -245,12 +245,6 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         ({ONE: b"", TWO: b""}, r"2 \.safetensors files .* and no safetensors\.index\.json: which of them"),
         ({"pytorch_model.bin": b""}, r"pytorch_model\.bin: only safetensors are read; convert it to safetensors"),
         ({"model.gguf": b"", "x.pt": b""}, r"model\.gguf, x\.pt: only safetensors .* convert it to safetensors"),
-        (
-            {"adapter_config.json": {}, "adapter_model.safetensors": b""},
-            r"adapter_config\.json: PEFT adapters are not supp",
-        ),
-        ({"adapter_config.json": {}, "model.safetensors": b""}, r"PEFT adapters are not supported yet"),
-        ({"adapter_model.safetensors": b""}, r"adapter_model\.safetensors: PEFT adapters are not supported yet"),
         ({"a.safetensors.index.json": {}, "b.safetensors.index.json": {}}, r"2 indexes \(a\.safet.*\): keep the one"),
     ],
 )

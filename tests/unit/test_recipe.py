@@ -705,8 +705,10 @@ def test_mergekit_parameters_not_supported_yet_are_refused_by_name(load: Load) -
         load(ties(parameters={"density": 0.2, "rescale": True}))
 
 
-def test_adapters_are_refused_by_name(load: Load) -> None:
-    with pytest.raises(RecipeError, match=r"models\[0\]\.model: 'math\+lora': adapters .* does not support yet"):
+def test_a_plus_means_an_adapter(load: Load) -> None:
+    with pytest.raises(
+        RecipeError, match=r"models\[0\]\.model: 'math\+lora' is read as model\+adapter, but 'lora' is not"
+    ):
         load(ties(models=[{"model": "math+lora"}]))
 
 

@@ -1,0 +1,295 @@
+"""Adapters as experts: by hand, in any cut, resumed, through the command line, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ties_dist
+from tests.conftest import random_models, write_checkpoint
+from tests.integration.command import run
+from ties_dist.adapters import adapt, read_adapter
+from ties_dist.checkpoint import open_checkpoint
+from ties_dist.errors import CheckpointError, RecipeError
+from ties_dist.storage.readers import open_reader
+
+SHAPES = {
+    "layers.0.q.weight": (40, 24),
+    "layers.0.q.bias": (40,),
+    "layers.1.q.weight": (24, 40),
+    "head.weight": (9, 24),
+}
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "fan_in_fan_out": False, "bias": "none"} | config
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    save_file(
+        {f"base_model.model.{n}": t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+def lora(module: str, outputs: int, inputs: int, rank: int = 2, *, seed: int = 0) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        f"{module}.lora_A.weight": torch.randn(rank, inputs, generator=draw),
+        f"{module}.lora_B.weight": torch.randn(outputs, rank, generator=draw),
+    }
+
+
+def both(seed: int = 0) -> dict[str, Tensor]:
+    return lora("layers.0.q", 40, 24, seed=seed) | lora("layers.1.q", 24, 40, seed=seed + 1)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, Tensor]:
+    tensors = random_models(SHAPES, experts=0, dtype=torch.bfloat16)[0]
+    write_checkpoint(tmp_path / "base", tensors, shards=2)
+    return tensors
+
+
+def write_recipe(root: Path, *models: str, method: str = "task_arithmetic", **top: Any) -> Path:
+    document = {"merge_method": method, "base_model": "base", "models": [{"model": m} for m in models], **top}
+    path = root / "recipe.yml"
+    path.write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+    return path
+
+
+def merged(out: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in out.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def test_a_small_one_by_hand(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "base", {"q.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])})
+    a, b = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[2.0], [0.5]])
+    write_adapter(tmp_path / "lora", {"q.lora_A.weight": a, "q.lora_B.weight": b}, r=1, lora_alpha=3)
+    ties_dist.merge(write_recipe(tmp_path, "lora"), tmp_path / "out")
+    # scaling 3 / 1: 3 * [[2, 0, -2], [0.5, 0, -0.5]]
+    assert merged(tmp_path / "out")["q.weight"].tolist() == [[7.0, 2.0, -3.0], [5.5, 5.0, 4.5]]
+
+
+def test_dora_by_hand(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "base", {"q.weight": torch.tensor([[3.0, 3.0], [0.0, 1.0]])})
+    tensors = {
+        "q.lora_A.weight": torch.tensor([[0.0, 1.0]]),
+        "q.lora_B.weight": torch.tensor([[1.0], [0.0]]),
+        "q.lora_magnitude_vector": torch.tensor([10.0, 4.0]),
+    }
+    write_adapter(tmp_path / "dora", tensors, r=1, lora_alpha=1, use_dora=True)
+    ties_dist.merge(write_recipe(tmp_path, "dora"), tmp_path / "out")
+    # W + B A = [[3, 4], [0, 1]], of norms 5 and 1, rescaled to 10 and 4.
+    assert merged(tmp_path / "out")["q.weight"].tolist() == [[6.0, 8.0], [0.0, 4.0]]
+
+
+def test_ia3_by_hand(tmp_path: Path) -> None:
+    tensors = {"q.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "q.bias": torch.tensor([5.0, 6.0])}
+    write_checkpoint(tmp_path / "base", tensors | {"f.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+    factors = {"q.ia3_l": torch.tensor([[2.0], [10.0]]), "f.ia3_l": torch.tensor([[2.0, 10.0]])}
+    write_adapter(tmp_path / "ia3", factors, peft_type="IA3")
+    ties_dist.merge(write_recipe(tmp_path, "ia3"), tmp_path / "out")
+    found = merged(tmp_path / "out")
+    assert found["q.weight"].tolist() == [[2.0, 4.0], [30.0, 40.0]]
+    assert found["q.bias"].tolist() == [10.0, 60.0]
+    assert found["f.weight"].tolist() == [[2.0, 20.0], [6.0, 40.0]]
+
+
+VARIANTS: Mapping[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
+    "lora": (both(), {}),
+    "dora": (both() | {"layers.0.q.lora_magnitude_vector": torch.rand(40) + 1}, {"use_dora": True}),
+    "turned": (
+        lora("layers.0.q", 24, 40) | {"layers.0.q.lora_magnitude_vector": torch.rand(24)},
+        {"fan_in_fan_out": True},
+    ),
+    "ia3": ({"layers.0.q.ia3_l": torch.rand(40, 1), "layers.1.q.ia3_l": torch.rand(1, 40)}, {"peft_type": "IA3"}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_cut_reads_the_same_bytes(variant: str, base: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors, config = VARIANTS[variant]
+    adapter = read_adapter(write_adapter(tmp_path / "a", tensors, **config), "a", open_reader)
+    catalogue = adapt(open_checkpoint(tmp_path / "base", name="base", reader=open_reader), adapter, "a")
+    entry = catalogue.tensors["layers.0.q.weight"]
+    whole = bytes(catalogue.reader.read(entry.file, 0, entry.nbytes).view)
+    assert entry.dtype == "F32" and len(whole) == 4 * 40 * 24
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.integers(0, 40 * 24), max_size=6))
+    def check(cuts: list[int]) -> None:
+        bounds = [0, *sorted(cuts), 40 * 24]
+        parts = [bytes(catalogue.reader.read(entry.file, 4 * a, 4 * b).view) for a, b in pairwise(bounds)]
+        assert b"".join(parts) == whole
+
+    check()
+
+
+def test_the_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = {"a.weight": (1500, 900), "b.weight": (900, 1500), "c": (400, 300)}
+    write_checkpoint(tmp_path / "base", random_models(shapes, experts=0, dtype=torch.bfloat16)[0], shards=2)
+    scaled = {n: t * 0.02 for n, t in (lora("a", 1500, 900, 8) | lora("b", 900, 1500, 8)).items()}
+    write_adapter(tmp_path / "one", scaled, r=8)
+    dora = lora("a", 1500, 900, 4, seed=5) | {"a.lora_magnitude_vector": torch.rand(1500)}
+    write_adapter(tmp_path / "two", dora, use_dora=True)
+    recipe = write_recipe(tmp_path, "one", "base+two", method="ties", parameters={"density": 0.2})
+    digests = set()
+    for i, options in enumerate(
+        [
+            {"threads": 1, "unit_size": 1 << 20, "read_backend": "mmap"},
+            {"threads": 2, "unit_size": 4 << 20, "kernel": "eager", "read_backend": "direct"},
+            {"threads": 2, "threshold_pass": "speculate", "read_backend": "pread"},
+        ]
+    ):
+        digests.add(ties_dist.merge(recipe, tmp_path / f"out{i}", **options).output_digest)  # type: ignore[arg-type]
+    assert len(digests) == 1
+    shown = run(capsys, "verify", tmp_path / "out0", "--sample", "1")
+    assert shown.status == 0 and "merged again: the same bytes" in shown.out
+
+
+def test_a_model_may_be_named_in_every_way(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "lo+ra", both())
+    names = ["lo+ra", "base+lo+ra", str(tmp_path / "lo+ra"), "lo+ra/adapter_model.safetensors"]
+    names += [f"{tmp_path / 'base'}+{tmp_path / 'lo+ra'}"]
+    fingerprints = {ties_dist.plan(write_recipe(tmp_path, name)).fingerprint for name in names}
+    assert len(fingerprints) == 1
+    assert ties_dist.plan(write_recipe(tmp_path, "lo+ra")).experts == ("lo+ra",)
+
+
+def test_an_adapter_of_another_model_than_the_base_is_an_expert(base: dict[str, Tensor], tmp_path: Path) -> None:
+    other = {n: (t.float() + 1).to(torch.bfloat16) for n, t in base.items()}
+    write_checkpoint(tmp_path / "tuned", other)
+    write_adapter(tmp_path / "lora", lora("head", 9, 24))
+    ties_dist.merge(write_recipe(tmp_path, "tuned+lora", out_dtype="float32"), tmp_path / "out")
+    found = merged(tmp_path / "out")
+    a, b = (lora("head", 9, 24)[f"head.lora_{x}.weight"] for x in "AB")
+    np.testing.assert_allclose(found["head.weight"], other["head.weight"].float() + 2 * (b @ a), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["layers.0.q.weight"], other["layers.0.q.weight"].float())
+
+
+def test_a_plain_mean_of_adapters_has_the_base_s_types(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", both(0))
+    write_adapter(tmp_path / "two", both(5))
+    recipe = write_recipe(tmp_path, "base+one", "base+two", method="linear", base_model=None)
+    ties_dist.merge(recipe, tmp_path / "out")
+    assert {t.dtype for t in merged(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_an_adapter_that_changed_is_another_merge(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "lora", both())
+    recipe = write_recipe(tmp_path, "lora")
+    before = ties_dist.plan(recipe).fingerprint
+    write_adapter(tmp_path / "lora", both(), lora_alpha=5)
+    changed = ties_dist.plan(recipe).fingerprint
+    write_adapter(tmp_path / "lora", both(7))
+    assert len({before, changed, ties_dist.plan(recipe).fingerprint}) == 3
+
+
+def test_patterns_are_matched_as_whole_names_behind_a_dot(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", both(), alpha_pattern={r"layers\.0\.q": 8, "q": 2, "0.q": 99})
+    catalogue = adapt(
+        open_checkpoint(tmp_path / "base", name="base", reader=open_reader),
+        read_adapter(tmp_path / "one", "one", open_reader),
+        "one",
+    )
+    changes = catalogue.reader.changes  # type: ignore[attr-defined]
+    assert (changes["layers.0.q.weight"].scaling, changes["layers.1.q.weight"].scaling) == (4.0, 1.0)
+
+
+BAD: Mapping[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
+    "another kind": (both(), {"peft_type": "VERA"}, r"peft_type 'VERA': LoRA and \(IA\)3 are supported"),
+    "a bias of B": (both(), {"lora_bias": True}, r"lora_bias: a bias of its own in lora_B is not supported"),
+    "bare parameters": (both(), {"target_parameters": ["w"]}, r"target_parameters: LoRA on bare parameters is not"),
+    "no such tensor": (lora("layers.7.q", 4, 4), {}, r"the base has no tensor .?layers.7.q.weight"),
+    "half a pair": ({"head.lora_A.weight": torch.ones(2, 24)}, {}, r"head.weight.*half of a pair is missing: lora_A"),
+    "other shapes": (
+        lora("head", 9, 25),
+        {},
+        r"head.weight.* \(9, 24\): A has shape \(2, 25\) and B \(9, 2\), which do not",
+    ),
+    "no matrix": (lora("layers.0.q.bias", 1, 1), {}, r"the base has no tensor"),
+    "a saved module of another shape": (
+        {"head.weight": torch.ones(8, 24)},
+        {},
+        r"saved with shape \(8, 24\), the base's is \(9, 24\)",
+    ),
+    "nothing": ({}, {}, r"changes nothing"),
+    "factors of another shape": ({"head.ia3_l": torch.ones(3, 1)}, {"peft_type": "IA3"}, r"l has shape \(3, 1\)"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_applied_is_refused(
+    what: str, base: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, config, message = BAD[what]
+    write_adapter(tmp_path / "a", tensors, **config)
+    with pytest.raises(CheckpointError, match=message):
+        ties_dist.plan(write_recipe(tmp_path, "a"))
+    shown = run(capsys, "merge", tmp_path / "recipe.yml", tmp_path / "out")
+    assert shown.status == 2 and "Traceback" not in shown.err and not (tmp_path / "out").exists()
+
+
+def test_all_problems_of_an_adapter_are_told_at_once(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", lora("head", 9, 25) | lora("layers.7.q", 4, 4) | lora("layers.0.q", 3, 24))
+    with pytest.raises(CheckpointError) as caught:
+        ties_dist.plan(write_recipe(tmp_path, "a"))
+    assert all(word in str(caught.value) for word in ("head.weight", "layers.7.q.weight", "layers.0.q.weight"))
+
+
+def test_adapters_in_the_wrong_place_are_refused(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", both())
+    for models, top, message in (
+        (["base+a"], {"base_model": "a"}, "base_model: 'a' is an adapter; name the model that it adapts"),
+        (["a"], {"base_model": "base+a"}, r"base_model: 'base\+a' is an adapter"),
+        (["a"], {"base_model": None}, "name its base_model, or write it as model"),
+        (["base+base"], {}, "'base' is no PEFT adapter"),
+        (["a+a"], {}, "an adapter of an adapter"),
+        (["base+nowhere/x y"], {}, r"is read as model\+adapter, but 'nowhere/x y' is not there"),
+    ):
+        method = "linear" if top.get("base_model", "") is None else "task_arithmetic"
+        with pytest.raises(RecipeError, match=message):
+            ties_dist.plan(write_recipe(tmp_path, *models, method=method, **top))
+
+
+def test_an_adapter_without_safetensors_or_config_is_refused(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", both())
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"missing \(found adapter_model.bin\): save the adapter with safetensors"
+    ):
+        ties_dist.plan(write_recipe(tmp_path, "a"))
+    (tmp_path / "a" / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
+        ties_dist.plan(write_recipe(tmp_path, "a"))
+
+
+def test_the_command_line_knows_adapters(
+    base: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "a", both())
+    shown = run(capsys, "inspect", tmp_path / "a")
+    assert shown.status == 0 and "a PEFT adapter" in shown.out and "4 tensors" in shown.out
+    recipe = write_recipe(tmp_path, "a")
+    shown = run(capsys, "plan", recipe, tmp_path / "out")
+    assert shown.status == 0 and "LORA applied to 2 tensors of 'base', in float32" in shown.err
+    assert run(capsys, "merge", recipe, tmp_path / "out").status == 0
+    assert run(capsys, "verify", tmp_path / "out", "--sample", "1").status == 0
+    assert (
+        "already done"
+        in run(capsys, "merge", recipe, tmp_path / "out").err + run(capsys, "merge", recipe, tmp_path / "out").out
+    )
