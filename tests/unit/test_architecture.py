@@ -40,11 +40,12 @@ def test_layout_and_plan_open_no_file() -> None:
 LAYERS = [
     {"errors", "parameter", "document", "settings", "models", "options", "dialect", "recipe"},
     {"header", "checkpoint", "congruence", "methods", "storage", "threshold", "kernels"},
-    {"layout", "planning", "counting", "work"},
+    {"layout", "planning", "counting", "work", "tally"},
     {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"}
-    | {"site", "preflight"},
-    {"scan", "passes", "engine", "verify"},
-    {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "cli", "__main__", "__init__"},
+    | {"site", "preflight", "analysis"},
+    {"scan", "passes", "engine", "verify", "summing"},
+    {"analyzing", "analysis_page", "charts"}
+    | {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "cli", "__main__", "__init__"},
 ]
 
 
