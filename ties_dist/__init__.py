@@ -26,6 +26,8 @@ from ties_dist.errors import (
 )
 
 if TYPE_CHECKING:
+    from ties_dist.analysis import Analysis
+    from ties_dist.analyzing import analyze
     from ties_dist.api import PlanReport, merge, plan
     from ties_dist.executors.base import Cluster
     from ties_dist.recipe import Recipe, load_recipe
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Analysis": "analysis",
+    "analyze": "analyzing",
     "Cluster": "executors.base",
     "merge": "api",
     "merge_state_dicts": "state_dicts",
@@ -48,6 +52,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Analysis",
     "CheckpointError",
     "Cluster",
     "ClusterError",
@@ -64,6 +69,7 @@ __all__ = [
     "StoppedError",
     "TiesDistError",
     "UnitError",
+    "analyze",
     "load_recipe",
     "merge",
     "merge_state_dicts",

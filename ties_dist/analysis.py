@@ -192,7 +192,8 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
                 kind="unrelated",
                 subject=expert.name,
                 text=f"'{expert.name}' is probably no fine-tune of '{found.base}': its delta is "
-                f"{expert.relative_norm:.0%} as long as the base's weights (of fine-tunes a few percent), and the cosine "
+                f"{expert.relative_norm:.0%} as long as the base's weights (of fine-tunes a few percent), and the "
+                "cosine "
                 f"of the two models is {expert.base_cosine:.2f} (of fine-tunes 0.99 or more). Check `base_model`, or "
                 "leave it out.",
             )

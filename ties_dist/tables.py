@@ -186,10 +186,9 @@ def analysis_table(found: Analysis, *, detailed: bool = False) -> None:
         f"{readable(run.projected_bytes)} projected",
         soft_wrap=True,
     )
-    if any(not t.exact for e in found.experts for t in e.trims):
+    if any(t.density == found.density and not t.exact for e in found.experts for t in e.trims):
         console.print(
-            "thresholds are a sample's; those marked (near) are not quite those of their density, and what is counted "
-            "is exact for the value shown",
+            "(near): a sample's threshold, a little beside the exact one; what is kept is counted exactly at that value",
             soft_wrap=True,
         )
     for each in found.warnings:
