@@ -188,7 +188,7 @@ def analysis_table(found: Analysis, *, detailed: bool = False) -> None:
     )
     if any(t.density == found.density and not t.exact for e in found.experts for t in e.trims):
         console.print(
-            "(near): a sample's threshold, a little beside the exact one; what is kept is counted exactly at that value",
+            "(near): a sample's threshold, a little beside the exact one; what is kept is counted exactly at it",
             soft_wrap=True,
         )
     for each in found.warnings:
