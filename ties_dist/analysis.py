@@ -177,7 +177,8 @@ class Analysis:
 
 
 def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
-    """What in the figures asks for an action. trims: whether the method trims by magnitude."""
+    """What in the figures asks for an action. trims: whether the merge trims as the figures do: over the
+    whole model, keeping all ties."""
     for i, expert in enumerate(found.experts):
         if expert.norm == 0:
             yield Advice(

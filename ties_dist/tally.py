@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Buckets:
     def count(self) -> int:
         return BUCKETS + 2 * len(self.thresholds)
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
         """(count,) int64, the smallest pattern of each bucket; one that no pattern falls into starts where the next
         does."""
@@ -79,9 +80,13 @@ class Buckets:
 
     def masses(self, significands: np.ndarray) -> np.ndarray:
         """(count,) float64 sums of |delta|, each rounded once."""
-        exponents = np.maximum(self.starts >> 23, 1) - 150
-        masses: np.ndarray = np.ldexp(significands.astype(np.float64), exponents)
+        masses: np.ndarray = np.ldexp(significands.astype(np.float64), self._exponents)
         return masses
+
+    @cached_property
+    def _exponents(self) -> np.ndarray:
+        exponents: np.ndarray = np.maximum(self.starts >> 23, 1) - 150
+        return exponents
 
 
 @dataclass

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,8 @@ def test_ties_that_keep_more_than_asked_are_said_on_bf16(merge_job: Checkpoints,
     recipe = merge_job(models)
     assert "of the entries equal the threshold and all of them are kept" in cli("analyze", recipe).out
     assert {w["kind"] for w in cli("analyze", recipe, "--json").document["warnings"]} == {"ties"}
+    cut = merge_job(models, options={"tie_policy": "exact_k"})
+    assert cli("analyze", cut, "--json").document["warnings"] == []
 
 
 def test_an_empty_delta_and_a_twin_are_named(merge_job: Checkpoints) -> None:
@@ -332,6 +335,14 @@ def test_mistakes_on_the_command_line_are_said_without_a_traceback(
     (tmp_path / "file").write_text("")
     refused(cli("analyze", recipe, "--out", tmp_path / "file"), "cannot be made", "--out")
     refused(cli("analyze", recipe, "--memory-budget", "1MiB"), "--memory-budget")
+
+
+def test_an_analysis_that_is_stopped_says_so_and_keeps_nothing(merge_job: Checkpoints, statistics_cache: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(ties_dist.StoppedError, match=r"nothing was written. Run the same command again"):
+        ties_dist.analyze(merge_job(fine_tunes(torch.float32)), unit_size=1 << 20, threads=1, stop=stop)
+    assert not (statistics_cache / "analyses").exists()
 
 
 def test_without_the_charting_library_only_the_page_is_refused(
