@@ -7,7 +7,7 @@ that an analysis is a function of its inputs. The definitions are those of Yadav
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -132,10 +132,10 @@ class Interference:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """Something a person can act on. subject: an expert's name."""
+    """Something a person can act on. subjects: names of experts."""
 
     kind: Literal["unrelated", "dominating", "ties", "empty", "twin"]
-    subject: str
+    subjects: tuple[str, ...]
     text: str
 
 
@@ -183,7 +183,7 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
         if expert.norm == 0:
             yield Advice(
                 kind="empty",
-                subject=expert.name,
+                subjects=(expert.name,),
                 text=f"'{expert.name}' is equal to the base: it adds nothing to a sum and shrinks a mean. Leave it "
                 "out.",
             )
@@ -191,7 +191,7 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
         if expert.relative_norm >= UNRELATED_FROM:
             yield Advice(
                 kind="unrelated",
-                subject=expert.name,
+                subjects=(expert.name,),
                 text=f"'{expert.name}' is probably no fine-tune of '{found.base}': its delta is "
                 f"{expert.relative_norm:.0%} as long as the base's weights (of fine-tunes a few percent), and the "
                 "cosine "
@@ -204,7 +204,7 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
             ratio = expert.norm / usual
             yield Advice(
                 kind="dominating",
-                subject=expert.name,
+                subjects=(expert.name,),
                 text=f"'{expert.name}' dominates: its delta is {ratio:.3g} times as long as is usual among the "
                 f"others, so that it decides nearly every sign and the size of the result. A `weight` of about "
                 f"{1 / ratio:.2g} would level it.",
@@ -214,16 +214,33 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
             if cosine is not None and cosine >= TWIN_FROM:
                 yield Advice(
                     kind="twin",
-                    subject=expert.name,
+                    subjects=(expert.name,),
                     text=f"'{found.experts[j].name}' and '{expert.name}' have the same delta (cosine {cosine:.5f}): "
                     "one model counts twice. Leave one out.",
                 )
-        trim = next(t for t in expert.trims if t.density == found.density)
-        if trims and trim.kept_fraction > KEPT_OVER * trim.density and trim.tie_fraction > 0.02 * trim.density:
-            yield Advice(
-                kind="ties",
-                subject=expert.name,
-                text=f"'{expert.name}': density {trim.density:g} keeps {trim.kept_fraction:.1%}, because "
-                f"{trim.tie_fraction:.1%} of the entries equal the threshold and all of them are kept. `tie_policy: "
-                f"exact_k` keeps {trim.density:.1%}.",
-            )
+    tied = {e.name: t for e in found.experts for t in e.trims if t.density == found.density and _keeps_too_much(t)}
+    if trims and tied:
+        names = f"'{next(iter(tied))}'" if len(tied) == 1 else f"{len(tied)} of {len(found.experts)} experts"
+        yield Advice(
+            kind="ties",
+            subjects=tuple(tied),
+            text=f"Density {found.density:g} keeps {span([t.kept_fraction for t in tied.values()])} of {names}, "
+            "because "
+            f"{span([t.tie_fraction for t in tied.values()])} of the entries equal the threshold and all of them "
+            "are kept. "
+            f"`tie_policy: exact_k` keeps {found.density:.1%}.",
+        )
+
+
+def _keeps_too_much(trim: Trim) -> bool:
+    return trim.kept_fraction > KEPT_OVER * trim.density and trim.tie_fraction > (KEPT_OVER - 1) * trim.density
+
+
+def share_of(value: float) -> str:
+    """A share as a person reads it."""
+    return f"{value:.2%}" if 0 < abs(value) < 0.01 else f"{value:.1%}"
+
+
+def span(shares: Sequence[float]) -> str:
+    """One share, or the smallest and the largest."""
+    return " to ".join(dict.fromkeys((share_of(min(shares)), share_of(max(shares)))))

@@ -11,10 +11,12 @@ from html import escape
 from importlib.resources import files
 
 from ties_dist import charts
-from ties_dist.analysis import Analysis, Group, MeanMagnitudes
+from ties_dist.analysis import Analysis, Group, MeanMagnitudes, share_of, span
 from ties_dist.charts import SERIES
 
 MOST_TENSORS = 1000
+SMALL_KIND = 0.01
+"""Share of the entries below which a kind of weight is not worth a sentence."""
 ARMS = (("plain", "plain mean", 1), ("trimmed", "trimmed, no election", 2), ("elected", "elected (TIES)", 0))
 """Field, name and colour."""
 
@@ -53,43 +55,41 @@ def summary(found: Analysis) -> Iterator[str]:
     trims = [e.trims[at] for e in found.experts]
     yield (
         f"<b>Redundancy.</b> Trimmed to density {found.density:g}, each delta keeps "
-        f"{_span([t.kept_fraction for t in trims])} of its entries and with them "
-        f"{_span([t.mass_fraction for t in trims])} of its mass. {_span([e.zero_fraction for e in found.experts])} of "
+        f"{span([t.kept_fraction for t in trims])} of its entries and with them "
+        f"{span([t.mass_fraction for t in trims])} of its mass. {span([e.zero_fraction for e in found.experts])} of "
         "the entries are exactly zero."
     )
-    kinds = sorted(found.kinds, key=lambda g: _mean([e.kept_fraction for e in g.experts]))
+    large = [g for g in found.kinds if g.elements >= SMALL_KIND * found.elements]
+    kinds = sorted(large, key=lambda g: _mean([e.kept_fraction for e in g.experts]))
     if len(kinds) > 1:
         yield (
             f"<b>Budget.</b> One threshold for the whole model keeps most of <code>{escape(kinds[-1].name)}</code> "
-            f"({_share(_mean([e.kept_fraction for e in kinds[-1].experts]))}) and least of "
-            f"<code>{escape(kinds[0].name)}</code> ({_share(_mean([e.kept_fraction for e in kinds[0].experts]))}); "
+            f"({share_of(_mean([e.kept_fraction for e in kinds[-1].experts]))}) and least of "
+            f"<code>{escape(kinds[0].name)}</code> ({share_of(_mean([e.kept_fraction for e in kinds[0].experts]))}); "
             "a trim "
-            f"tensor by tensor keeps {_share(found.density)} of each."
+            f"tensor by tensor keeps {share_of(found.density)} of each."
         )
     if len(found.experts) < 2:
         return
     influence = [row.count / found.elements for row in found.interference.influence]
     yield (
-        f"<b>Overlap.</b> {_share(influence[0])} of the parameters matter to no expert, {_share(influence[1])} to "
+        f"<b>Overlap.</b> {share_of(influence[0])} of the parameters matter to no expert, {share_of(influence[1])} to "
         "exactly "
-        f"one, {_share(sum(influence[2:]))} to several."
+        f"one, {share_of(sum(influence[2:]))} to several."
     )
     pairs = [c for i, row in enumerate(found.cosines) for c in row[:i] if c is not None]
-    close = (
-        f" Cosines between the deltas are {' to '.join(dict.fromkeys(f'{c:.2f}' for c in (min(pairs), max(pairs))))}."
-        if pairs
-        else ""
-    )
+    ends = dict.fromkeys(charts.cosine_text(c) for c in (min(pairs, default=0.0), max(pairs, default=0.0)))
+    close = f" Cosines between the deltas are {' to '.join(ends)}." if pairs else ""
     yield (
-        f"<b>Conflicts.</b> At {_share(found.conflicts[at].fractions[-1])} of the parameters the trimmed experts "
+        f"<b>Conflicts.</b> At {share_of(found.conflicts[at].fractions[-1])} of the parameters the trimmed experts "
         "pull in "
-        f"both directions; untrimmed at {_share(found.conflicts[0].fractions[-1])}.{close}"
+        f"both directions; untrimmed at {share_of(found.conflicts[0].fractions[-1])}.{close}"
     )
     one = found.interference.influence[1]
     if one.count and one.plain is not None and one.trimmed:
         yield (
             f"<b>Interference.</b> A plain mean shrinks what matters to exactly one expert to "
-            f"{_share(one.plain / one.trimmed)} of the size it keeps when only the deltas that survive are averaged."
+            f"{share_of(one.plain / one.trimmed)} of the size it keeps when only the deltas that survive are averaged."
         )
 
 
@@ -287,7 +287,9 @@ def _footer(found: Analysis) -> Iterator[str]:
 
 def _figure(title: str, svg: str, caption: str, legend: Sequence[tuple[str, str]]) -> str:
     keys = "".join(
-        f"<span class=key><i style='background:var(--{colour})'></i>{escape(name)}</span>" for name, colour in legend
+        f'<span class=key title="{escape(name, quote=True)}"><i style="background:var(--{colour})"></i>'
+        f"{escape(charts.shorten(name))}</span>"
+        for name, colour in legend
     )
     label = escape(f"{title}. {caption}", quote=True)
     return (
@@ -313,13 +315,3 @@ def _code(text: str) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _share(value: float) -> str:
-    return f"{value:.2%}" if value < 0.01 else f"{value:.1%}"
-
-
-def _span(shares: Sequence[float]) -> str:
-    """One share, or the smallest and the largest."""
-    low, high = _share(min(shares)), _share(max(shares))
-    return low if low == high else f"{low} to {high}"

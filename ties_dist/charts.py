@@ -109,6 +109,10 @@ def shorten(name: str, most: int = 20) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
+def cosine_text(cosine: float | None) -> str:
+    return "-" if cosine is None else f"{round(cosine, 2) + 0.0:.2f}"  # no -0.00
+
+
 def room(labels: Sequence[str]) -> float:
     return 16 + 6.5 * max(map(len, labels), default=0)
 
@@ -243,8 +247,14 @@ def cosines(found: Analysis) -> str:
                 fill = PLACES["s7"] if (cosine or 0.0) >= 0 else PLACES["c7"]
                 axes.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=fill, alpha=0.05 + 0.5 * strength, lw=0)
                 if count <= MOST_NUMBERED:
-                    text = "-" if cosine is None else f"{cosine:.2f}"
-                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10 if count < 7 else 8.5)
+                    axes.text(
+                        x + 0.5,
+                        y + 0.5,
+                        cosine_text(cosine),
+                        ha="center",
+                        va="center",
+                        fontsize=10 if count < 7 else 8.5,
+                    )
         places = [i + 0.5 for i in range(count)]
         axes.set_yticks(places, names)
         axes.set_xticks(places, [str(i + 1) for i in range(count)])

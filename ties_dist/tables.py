@@ -167,7 +167,7 @@ def analysis_table(found: Analysis, *, detailed: bool = False) -> None:
         console.print(conflicts)
         cosines = Table("cosine", *(escape(e.name) for e in found.experts))
         for e, values in zip(found.experts, found.cosines, strict=True):
-            cosines.add_row(escape(e.name), *("-" if c is None else f"{c:.3f}" for c in values))
+            cosines.add_row(escape(e.name), *("-" if c is None else f"{round(c, 3) + 0.0:.3f}" for c in values))
         console.print(cosines)
         console.print(_means("influential in", found.interference.influence))
         console.print(_means("sign agreement", found.interference.agreement))

@@ -252,7 +252,7 @@ def test_an_expert_that_dominates_is_named_with_a_weight(merge_job: Checkpoints)
         for number, scale in ((1, 1e-2), (3, 1e-2), (2, 1.0)):
             models[number][name] = tensor + (models[number][name] - tensor) * scale
     warnings = ties_dist.analyze(merge_job(models)).warnings
-    assert [(w.kind, w.subject) for w in warnings] == [("dominating", "expert-1")]
+    assert [(w.kind, w.subjects[0]) for w in warnings] == [("dominating", "expert-1")]
     assert re.search(r"100 times .* A `weight` of about 0\.01 ", warnings[0].text)
 
 
@@ -272,7 +272,10 @@ def test_an_empty_delta_and_a_twin_are_named(merge_job: Checkpoints) -> None:
     models = fine_tunes(torch.bfloat16, experts=3)
     models[2], models[3] = models[0], models[1]
     warnings = ties_dist.analyze(merge_job(models)).warnings
-    assert {(w.kind, w.subject) for w in warnings if w.kind != "ties"} == {("empty", "expert-1"), ("twin", "expert-2")}
+    assert {(w.kind, w.subjects[0]) for w in warnings if w.kind != "ties"} == {
+        ("empty", "expert-1"),
+        ("twin", "expert-2"),
+    }
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_ties"])

@@ -169,7 +169,7 @@ def warned(*experts: ExpertAnalysis, cosine: float = 0.1, trims: bool = True) ->
         base="base", method="ties", elements=100, density=0.2, densities=(0.2,), experts=experts, conflicts=(),
         cosines=cosines, interference=Interference(influence=(), agreement=()), layers=(), kinds=(), tensors=(),
     )  # fmt: skip
-    return [(each.kind, each.subject) for each in advise(found, trims=trims)]
+    return [(each.kind, each.subjects[0]) for each in advise(found, trims=trims)]
 
 
 def test_ordinary_experts_are_not_warned_of() -> None:
