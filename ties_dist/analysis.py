@@ -194,9 +194,8 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
                 subjects=(expert.name,),
                 text=f"'{expert.name}' is probably no fine-tune of '{found.base}': its delta is "
                 f"{expert.relative_norm:.0%} as long as the base's weights (of fine-tunes a few percent), and the "
-                "cosine "
-                f"of the two models is {expert.base_cosine:.2f} (of fine-tunes 0.99 or more). Check `base_model`, or "
-                "leave it out.",
+                f"cosine of the two models is {round(expert.base_cosine, 2) + 0.0:.2f} (of fine-tunes 0.99 or more). "
+                "Check `base_model`, or leave it out.",
             )
         others = [other.norm for other in found.experts if other is not expert]
         usual = statistics.median(others) if others else 0.0

@@ -288,7 +288,7 @@ def _footer(found: Analysis) -> Iterator[str]:
 def _figure(title: str, svg: str, caption: str, legend: Sequence[tuple[str, str]]) -> str:
     keys = "".join(
         f'<span class=key title="{escape(name, quote=True)}"><i style="background:var(--{colour})"></i>'
-        f"{escape(charts.shorten(name))}</span>"
+        f"{escape(charts.shorten(name, 18))}</span>"
         for name, colour in legend
     )
     label = escape(f"{title}. {caption}", quote=True)
