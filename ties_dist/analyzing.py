@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ties_dist.analysis import VERSION, Analysis, Run, advise
 from ties_dist.errors import OutputError, RecipeError, StoppedError
+from ties_dist.executors.base import check_stop
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.kernels.analysis import MOST_EXPERTS
 from ties_dist.layout import ITEM_BYTES
@@ -35,9 +36,9 @@ from ties_dist.storage.backends import Backend
 from ties_dist.storage.local import write_durably
 from ties_dist.storage.memory import MemoryWriter
 from ties_dist.summing import Question, summarise
-from ties_dist.tally import Analyse, Signs, Tally
+from ties_dist.tally import Analyse, Signs, Tally, TallyStep
 from ties_dist.threshold import predict, to_bits
-from ties_dist.work import MergeStep, Worker
+from ties_dist.work import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ PAPER_DENSITY = 0.2
 RULE = TrimRule(scope="model", tie_policy="keep_all")
 SAMPLED = 0.4
 """Of the inputs at most: with the read that counts, 1.5 times the inputs."""
+READ_AHEAD = 2
+"""Units that are read while others are counted, one per thread; the plan has room for four."""
 DOCUMENT, PAGE = "analysis.json", "report.html"
 ANALYSES = "analyses"
 """Finished ones, in a folder beside the statistics."""
@@ -90,7 +93,7 @@ def analyze(
     kept = cache / ANALYSES / f"{_key(job, chosen)}.json"
     found = _kept(kept)
     if found is None:
-        executor = LocalExecutor(resources.thread_count, stop or threading.Event())
+        executor = LocalExecutor(resources.thread_count + READ_AHEAD, stop or threading.Event())
         try:
             found = _measure(job, chosen, StatisticsStore(cache), executor, progress or LogProgress())
         except StoppedError:
@@ -144,11 +147,10 @@ def _measure(job: Job, density: float, store: StatisticsStore, executor: LocalEx
     worker = Worker(plan, opener(plan, job.resources))
     question, source = ask(plan, density, store, worker)
     tally, models = Tally(Signs.empty(len(plan.experts))), len(plan.experts) + 1
-    units = list(plan.units())
+    units, step = list(plan.units()), TallyStep(worker, MemoryWriter(), turns=threading.Semaphore(plan.threads))
     with phase(progress, "analyze", plan.layout.total_bytes * models):
-        for unit, part in executor.call(
-            MergeStep(worker, MemoryWriter()), Analyse(question.bits, question.chosen), units
-        ):
+        for unit, part in executor.call(step, Analyse(question.bits, question.chosen), units):
+            check_stop(executor.stop)
             tally.add(part)
             progress.advance(unit.nbytes * models)
     if tally.nonfinite:
@@ -159,7 +161,7 @@ def _measure(job: Job, density: float, store: StatisticsStore, executor: LocalEx
         input_bytes=input_bytes(plan),
         peak_rss_bytes=peak_rss_bytes(),
         projected_bytes=plan.projected_bytes,
-        threads=executor.threads,
+        threads=plan.threads,
         unit_bytes=plan.unit_bytes,
         thresholds_from=source,
     )

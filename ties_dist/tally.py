@@ -6,14 +6,14 @@ size; from there on they are added as integers (multiples of 2^-1074), so that a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from ties_dist.counting import Counter
 from ties_dist.kernels.analysis import (
     ARMS,
     BUCKET_SHIFT,
@@ -24,9 +24,12 @@ from ties_dist.kernels.analysis import (
     threshold_tables,
     widen,
 )
+from ties_dist.kernels.loop import ITEM_BYTES as KERNEL_ITEM_BYTES
+from ties_dist.kernels.loop import DType
+from ties_dist.kernels.values import loadable
 from ties_dist.layout import ITEM_BYTES, Segment
 from ties_dist.planning import Unit
-from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.storage.base import BLOCK_BYTES, Span
 from ties_dist.threshold import COARSE_SHIFT, NONFINITE_BUCKET
 from ties_dist.work import MergeStep
 
@@ -158,6 +161,13 @@ class Tally:
             self.tensors[name] = tensor
 
 
+@dataclass
+class TallyStep(MergeStep):
+    """turns: for those that count; whoever waits for one has read ahead."""
+
+    turns: threading.Semaphore = field(default_factory=threading.Semaphore)
+
+
 @dataclass(frozen=True)
 class Analyse:
     """Tallies a unit. thresholds: per expert, float32 patterns from the largest density's to the smallest's; chosen:
@@ -167,40 +177,50 @@ class Analyse:
     chosen: int
 
     def __call__(self, step: MergeStep, unit: Unit) -> Tally:
-        return Tallying(self, step.worker).unit(unit)
+        tallying, counter = Tallying(self), step.worker
+        models = (counter.base, *counter.experts)
+        segments = [s for s in counter.segments(unit) if s.tensor.counted]
+        spans: list[list[Span]] = []
+        try:
+            for s in segments:
+                spans.append([])
+                for m in models:
+                    spans[-1].append(m.read(s.tensor.source, s.start, s.stop))
+            with step.turns if isinstance(step, TallyStep) else nullcontext():
+                for s, read in zip(segments, spans, strict=True):
+                    tallying.segment(s, [span.view for span in read], [m.type(s.tensor.source) for m in models])
+        finally:
+            for read in spans:
+                for span in read:
+                    span.release()
+        return tallying.tally
 
 
 class Tallying:
     """One call's arrays, used for all tensors of a unit."""
 
-    def __init__(self, task: Analyse, counter: Counter) -> None:
+    def __init__(self, task: Analyse) -> None:
         experts, densities = len(task.thresholds), len(task.thresholds[0])
-        self.task, self.counter, self.experts = task, counter, experts
+        self.task, self.experts, self.densities = task, experts, densities
         self.tables = [threshold_tables(np.array(t, np.uint32)) for t in task.thresholds]
-        self.densities = densities
         self.counts = np.zeros((experts, BUCKETS + 2 * densities), np.int64)
         self.significands = np.zeros_like(self.counts)
         self.rows = np.empty((experts + 1, BLOCK), np.float32)
         self.levels = np.empty((experts, BLOCK), np.int8)
         self.tally = Tally(Signs.empty(experts))
 
-    def unit(self, unit: Unit) -> Tally:
-        for segment in self.counter.segments(unit):
-            if segment.tensor.counted:
-                self._segment(segment)
-        return self.tally
-
-    def _segment(self, segment: Segment) -> None:
-        name, start, stop = segment.tensor.source, segment.start, segment.stop
+    def segment(self, segment: Segment, views: Sequence[memoryview], types: Sequence[DType]) -> None:
+        """views: the segment's bytes in the base and the experts, of `types`."""
+        name = segment.tensor.source
         conflicts = np.zeros((self.experts, self.densities + 1), np.int64)
         gram = [0] * (self.experts + 1) ** 2
-        with ExitStack() as opened:
+        for start, stop in pieces(segment):
+            low, high = start - segment.start, stop - segment.start
             models = [
-                opened.enter_context(m.slice(name, start, stop)) for m in (self.counter.base, *self.counter.experts)
+                loadable(view[low * KERNEL_ITEM_BYTES[kind] : high * KERNEL_ITEM_BYTES[kind]], kind)
+                for view, kind in zip(views, types, strict=True)
             ]
-            for low, high in pieces(segment):
-                piece = [values[low - start : high - start] for values in models]
-                gram = added(gram, self._piece(piece, conflicts))
+            gram = added(gram, self._piece(models, conflicts))
         for expert, count in enumerate(self.counts[:, NONFINITE + 2 * self.densities :].sum(axis=1)):
             if count:
                 self.tally.nonfinite[expert, name] = self.tally.nonfinite.get((expert, name), 0) + int(count)
