@@ -21,7 +21,6 @@ from ties_dist.kernels.analysis import (
     compare,
     measure,
     multiply,
-    threshold_tables,
     widen,
 )
 from ties_dist.kernels.loop import ITEM_BYTES as KERNEL_ITEM_BYTES
@@ -202,7 +201,7 @@ class Tallying:
     def __init__(self, task: Analyse) -> None:
         experts, densities = len(task.thresholds), len(task.thresholds[0])
         self.task, self.experts, self.densities = task, experts, densities
-        self.tables = [threshold_tables(np.array(t, np.uint32)) for t in task.thresholds]
+        self.thresholds = [np.array(t, np.int32) for t in task.thresholds]
         self.counts = np.zeros((experts, BUCKETS + 2 * densities), np.int64)
         self.significands = np.zeros_like(self.counts)
         self.rows = np.empty((experts + 1, BLOCK), np.float32)
@@ -238,7 +237,7 @@ class Tallying:
             base, *experts = (values[start : start + BLOCK] for values in models)
             rows, levels = self.rows[:, : base.size], self.levels[:, : base.size]
             for i, values in enumerate(experts):
-                measure(base, values, *self.tables[i], self.counts[i], self.significands[i], rows[i], levels[i])
+                measure(base, values, self.thresholds[i], self.counts[i], self.significands[i], rows[i], levels[i])
             widen(base, rows[-1])
             multiply(rows, gram)
             compare(rows[:-1], levels, self.task.chosen, conflicts, signs.counts, sums)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ties_dist.analysis import Analysis, ExpertAnalysis, Interference, Magnitudes, Trim, advise
-from ties_dist.kernels.analysis import BUCKETS, compare, measure, multiply, threshold_tables, widen
+from ties_dist.kernels.analysis import BUCKETS, compare, measure, multiply, widen
 from ties_dist.settings import find_layer
 from ties_dist.summing import natural, place
 from ties_dist.tally import Buckets, TensorTally, as_floats, exact
@@ -27,11 +27,11 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 def test_a_delta_is_counted_in_its_bucket_and_at_its_thresholds(stored) -> None:  # type: ignore[no-untyped-def]
     base = np.array([1, 1, 1, 1, 1, 1], np.float32)
     expert = np.array([1, 1.5, 0.5, 3, -1, 1.25], np.float32)  # deltas 0, .5, -.5, 2, -2, .25
-    thresholds = np.array([0, bits(0.5), bits(2)], np.uint32)
+    thresholds = np.array([0, bits(0.5), bits(2)], np.int32)
     buckets = Buckets(tuple(thresholds.tolist()))
     counts, significands = np.zeros((2, buckets.count), np.int64)
     deltas, levels = np.empty(6, np.float32), np.empty(6, np.int8)
-    measure(stored(base), stored(expert), *threshold_tables(thresholds), counts, significands, deltas, levels)
+    measure(stored(base), stored(expert), thresholds, counts, significands, deltas, levels)
     assert deltas.tolist() == [0, 0.5, -0.5, 2, -2, 0.25]
     assert levels.tolist() == [0, 2, -2, 3, -3, 1]
     starts, masses = buckets.starts, buckets.masses(significands)
@@ -41,12 +41,12 @@ def test_a_delta_is_counted_in_its_bucket_and_at_its_thresholds(stored) -> None:
 
 
 def test_thresholds_that_share_their_upper_bits_are_told_apart() -> None:
-    thresholds = np.array([0, bits(1.01), bits(1.01), bits(1.02)], np.uint32)
+    thresholds = np.array([0, bits(1.01), bits(1.01), bits(1.02)], np.int32)
     base, expert = np.zeros(5, np.float32), np.array([1, 1.01, 1.015, 1.02, 1.03], np.float32)
     buckets = Buckets(tuple(thresholds.tolist()))
     counts, significands = np.zeros((2, buckets.count), np.int64)
     levels = np.empty(5, np.int8)
-    measure(base, expert, *threshold_tables(thresholds), counts, significands, np.empty(5, np.float32), levels)
+    measure(base, expert, thresholds, counts, significands, np.empty(5, np.float32), levels)
     assert levels.tolist() == [1, 3, 3, 4, 4]
     starts = buckets.starts
     for value, at_least, above in [(1.01, 4, 3), (1.02, 2, 1)]:
@@ -59,9 +59,9 @@ def test_the_smallest_and_the_largest_numbers_have_their_mass() -> None:
     expert = np.array([tiny, 3 * tiny, -huge], np.float32)
     buckets = Buckets((0,))
     counts, significands = np.zeros((2, buckets.count), np.int64)
-    tables = threshold_tables(np.zeros(1, np.uint32))
+    thresholds = np.zeros(1, np.int32)
     measure(
-        np.zeros(3, np.float32), expert, *tables, counts, significands, np.empty(3, np.float32), np.empty(3, np.int8)
+        np.zeros(3, np.float32), expert, thresholds, counts, significands, np.empty(3, np.float32), np.empty(3, np.int8)
     )
     masses = buckets.masses(significands)
     assert masses[masses > 0].tolist() == [4 * float(tiny), float(huge)]
@@ -92,7 +92,7 @@ def test_an_exact_cancellation_is_taken_as_positive() -> None:
     assert sums[1, 1].tolist() == [0, 0, 2]
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 1500])
+@pytest.mark.parametrize("size", [0, 1, 256, 1500])
 def test_products_and_widening_are_those_of_numpy(size: int) -> None:
     rows = np.random.default_rng(size).standard_normal((3, size)).astype(np.float32)
     gram = np.zeros((3, 3))
