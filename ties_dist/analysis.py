@@ -72,7 +72,8 @@ class ExpertAnalysis:
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """One expert in one group of tensors. kept: entries that the whole-model trim keeps, kept_fraction: of the group's;
-    a trim tensor by tensor keeps the density of every tensor. budget_fraction: of all that it keeps in the model."""
+    a trim tensor by tensor keeps the density of every tensor. budget_fraction: of all that it keeps in the model. ties:
+    entries equal to the threshold."""
 
     norm: float
     relative_norm: float
@@ -81,6 +82,8 @@ class Share:
     kept: int
     kept_fraction: float
     budget_fraction: float
+    ties: int
+    tie_fraction: float
     mass_fraction: float
     magnitudes: Magnitudes | None = None
 
@@ -219,7 +222,8 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
                 )
     tied = {e.name: t for e in found.experts for t in e.trims if t.density == found.density and _keeps_too_much(t)}
     if trims and tied:
-        names = f"'{next(iter(tied))}'" if len(tied) == 1 else f"{len(tied)} of {len(found.experts)} experts"
+        some = f"{len(tied)} of {len(found.experts)} experts" if len(tied) < len(found.experts) else "every expert"
+        names = f"'{next(iter(tied))}'" if len(tied) == 1 else some
         yield Advice(
             kind="ties",
             subjects=tuple(tied),

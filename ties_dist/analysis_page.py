@@ -104,7 +104,7 @@ def _warnings(found: Analysis) -> Iterator[str]:
 
 
 def _charts(found: Analysis) -> Iterator[str]:
-    experts = [(e.name, f"c{i % SERIES}") for i, e in enumerate(found.experts)]
+    experts = [(charts.shorten(e.name, 18), f"c{i % SERIES}") for i, e in enumerate(found.experts)]
     d = f"{found.density:g}"
     yield "<section><h2>Each expert</h2><div class=grid>"
     yield _figure(
@@ -287,9 +287,7 @@ def _footer(found: Analysis) -> Iterator[str]:
 
 def _figure(title: str, svg: str, caption: str, legend: Sequence[tuple[str, str]]) -> str:
     keys = "".join(
-        f'<span class=key title="{escape(name, quote=True)}"><i style="background:var(--{colour})"></i>'
-        f"{escape(charts.shorten(name, 18))}</span>"
-        for name, colour in legend
+        f'<span class=key><i style="background:var(--{colour})"></i>{escape(name)}</span>' for name, colour in legend
     )
     label = escape(f"{title}. {caption}", quote=True)
     return (

@@ -271,21 +271,23 @@ def interference(
     name: str, label: str, rows: Sequence[tuple[str, MeanMagnitudes]], arms: Sequence[tuple[str, int]]
 ) -> str:  # fmt: skip
     """Bars of mean magnitudes. label: of the rows' own. arms: field of `MeanMagnitudes`, colour."""
+    heights = {arm: [float(getattr(row, arm) or 0.0) for _, row in rows] for arm, _ in arms}
+    most = max(value for values in heights.values() for value in values)
+    power = math.floor(math.log10(most)) if most else 0
 
     def paint(axes: Axes) -> None:
         width = 0.8 / len(arms)
         for j, (arm, shade) in enumerate(arms):
-            heights = [float(getattr(row, arm) or 0.0) for _, row in rows]
             places = [i - 0.4 + (j + 0.5) * width for i in range(len(rows))]
-            axes.bar(places, heights, width * 0.92, color=colour(shade), linewidth=0)
-        axes.set_xticks(range(len(rows)), [label for label, _ in rows])
+            axes.bar(places, [h / 10**power for h in heights[arm]], width * 0.92, color=colour(shade), linewidth=0)
+        axes.set_xticks(range(len(rows)), [row for row, _ in rows])
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="x", visible=False)
-        axes.set(xlabel=label, ylabel="mean |merged delta|")
+        axes.set(xlabel=label, ylabel=f"mean |merged delta|, x 1e{power}" if power else "mean |merged delta|")
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
-    return draw(name, paint, left=72)
+    return draw(name, paint, left=58)
 
 
 def _percents(axes: Axes, which: str) -> None:

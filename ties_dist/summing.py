@@ -171,6 +171,10 @@ class Total:
     def kept(self, expert: int, density: int) -> int:
         return int(self.counts[expert, self.above(expert, self.question.bits[expert][density]) :].sum())
 
+    def ties(self, expert: int, density: int) -> int:
+        bits = self.question.bits[expert][density]
+        return int(self.counts[expert, self.above(expert, bits) : self.above(expert, bits + 1)].sum())
+
     def zeros(self, expert: int) -> int:
         return int(self.counts[expert, : self.above(expert, 1)].sum())
 
@@ -192,7 +196,7 @@ class Total:
         bits, rank = self.question.bits[expert][density], self.question.ranks[density]
         first, after = self.above(expert, bits), self.above(expert, bits + 1)
         nonzero = max(first, self.above(expert, 1))
-        above, equal = int(self.counts[expert, after:].sum()), int(self.counts[expert, first:after].sum())
+        above, equal = int(self.counts[expert, after:].sum()), self.ties(expert, density)
         mass = self.masses[expert]
         return Trim(
             density=self.question.densities[density],
@@ -224,7 +228,7 @@ class Total:
         )
 
     def share(self, i: int, whole: Total, magnitudes: bool) -> Share:
-        kept = self.kept(i, self.question.chosen)
+        kept, ties = self.kept(i, self.question.chosen), self.ties(i, self.question.chosen)
         return Share(
             norm=self.norm(i),
             relative_norm=share(self.norm(i), float(np.sqrt(self.gram[-1, -1]))),
@@ -233,6 +237,8 @@ class Total:
             kept=kept,
             kept_fraction=share(kept, self.elements),
             budget_fraction=share(kept, whole.kept(i, self.question.chosen)),
+            ties=ties,
+            tie_fraction=share(ties, self.elements),
             mass_fraction=share(float(self.masses[i].sum()), float(whole.masses[i].sum())),
             magnitudes=self.magnitudes(i, OCTAVE_SHIFT) if magnitudes else None,
         )

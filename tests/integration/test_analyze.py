@@ -132,6 +132,7 @@ def check_group(group: Any, found: ties_dist.Analysis, deltas: np.ndarray) -> No
     for i, share in enumerate(group.experts):
         whole = found.experts[i].trims[found.densities.index(found.density)].kept
         assert (share.zeros, share.kept) == ((deltas[i] == 0).sum(), kept[i].sum())
+        assert share.ties == (np.abs(deltas[i]) == thresholds_of(found)[i]).sum()
         assert share.budget_fraction == kept[i].sum() / whole
         assert share.norm == pytest.approx(np.linalg.norm(deltas[i].astype(np.float64)), rel=1e-12)
 
@@ -292,6 +293,18 @@ def test_one_expert_has_no_conflicts(merge_job: Checkpoints, tmp_path: Path, cli
     ended = cli("analyze", recipe, "--out", tmp_path / "page")
     assert ended.status == 0 and "sign conflicts" not in ended.out.split("kind of weight")[0]
     assert "Between experts" not in (tmp_path / "page" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_smallest_models_are_analysed_too(size: int, merge_job: Checkpoints, tmp_path: Path) -> None:
+    base = torch.arange(1, size + 1, dtype=torch.float32)
+    recipe = merge_job([{"a": base}, {"a": base + 0.5}, {"a": base - base / 4}])
+    found = ties_dist.analyze(recipe, tmp_path / "page")
+    assert (found.elements, found.conflicts[0].counts) == (size, (size,))
+    assert found.experts[0].norm == pytest.approx(0.5 * size**0.5)
+    assert found.cosines[0][1] == pytest.approx(
+        -sum(range(size + 1)) / (size * sum(i * i for i in range(size + 1))) ** 0.5
+    )
 
 
 def test_the_table_shows_layers_and_tensors_when_asked(merge_job: Checkpoints, cli: Run) -> None:
