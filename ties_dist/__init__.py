@@ -26,6 +26,8 @@ from ties_dist.errors import (
 )
 
 if TYPE_CHECKING:
+    from ties_dist.analysis import Analysis
+    from ties_dist.analyzing import analyze
     from ties_dist.api import PlanReport, merge, plan
     from ties_dist.collecting import collect
     from ties_dist.executors.base import Cluster
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Analysis": "analysis",
+    "analyze": "analyzing",
     "Cluster": "executors.base",
     "ExpertStatistics": "expert_statistics",
     "collect": "collecting",
@@ -52,6 +56,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Analysis",
     "CheckpointError",
     "Cluster",
     "ClusterError",
@@ -69,6 +74,7 @@ __all__ = [
     "StoppedError",
     "TiesDistError",
     "UnitError",
+    "analyze",
     "collect",
     "load_recipe",
     "merge",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ties_dist.errors import StoppedError, TiesDistError
-from ties_dist.switches import CLUSTER, RESOURCES, RUN, SIZE, TALK
+from ties_dist.switches import CACHE, CLUSTER, RESOURCES, RUN, SIZE, TALK
 
 if TYPE_CHECKING:
     from ties_dist.progress import Progress
@@ -215,6 +215,35 @@ def plan_command(recipe: Path, out: Path | None, as_json: bool, verbose: int, qu
     else:
         _say(quiet, report.notes)
         plan_table(report)
+
+
+@cli.command("analyze")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="A folder for report.html, a page with charts, and analysis.json."
+)
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of the figures by parameter, layer and tensor.  [default: the recipe's, else 0.2]",
+)
+@RESOURCES
+@CACHE
+@TALK
+def analyze_command(
+    recipe: Path, out: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any
+) -> None:  # fmt: skip
+    """How the experts of RECIPE differ from their base and from each other, from one read of them."""
+    _log(verbose, quiet)
+    with _signals() as stop:
+        from ties_dist.analyzing import analyze, to_json
+        from ties_dist.tables import analysis_table
+
+        found = analyze(recipe, out, stop=stop, progress=_progress(quiet), told=partial(_say, quiet), **options)
+    if as_json:
+        click.echo(to_json(found))
+    elif not quiet:
+        analysis_table(found, detailed=bool(verbose))
 
 
 @cli.command("verify")

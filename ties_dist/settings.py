@@ -118,6 +118,12 @@ def layer_depths(names: Iterable[str]) -> dict[str, float]:
     return depths
 
 
+def find_layer(tensor: str) -> tuple[str, str]:
+    """A name as its layer, with the stack's name and the index, and the rest; outside of layers the first is empty."""
+    match = _LAYER.search(tensor)
+    return (tensor[: match.end(1)], tensor[match.end() :]) if match else ("", tensor)
+
+
 def read_setting(raw: object, parameter: Parameter, where: str, problems: list[str]) -> Setting | None:
     """A value as written in the recipe. What is wrong goes to `problems`, and None comes back."""
     before = len(problems)

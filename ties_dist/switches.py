@@ -88,6 +88,11 @@ RESOURCES = together(
         "--max-shard-size", type=SIZE, help="Largest output shard; no tensor is split.  [default: as the base]"
     ),
 )
+CACHE = click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Where counts and compiled loops are kept.  [default: $TIES_DIST_CACHE, else ~/.cache/ties_dist]",
+)
 RUN = together(
     click.option(
         "--kernel",
@@ -95,11 +100,7 @@ RUN = together(
         default="auto",
         help="Merge loops; auto: compiled, else eager by torch; same bytes.  [default: auto]",
     ),
-    click.option(
-        "--cache-dir",
-        type=click.Path(path_type=Path),
-        help="Where counts and compiled loops are kept.  [default: $TIES_DIST_CACHE, else ~/.cache/ties_dist]",
-    ),
+    CACHE,
     click.option("--fresh", is_flag=True, help="Discard an unfinished merge in OUT."),
     click.option("--overwrite", is_flag=True, help="Replace the finished model of another merge in OUT."),
     click.option("--wait", is_flag=True, help="Wait for another run that is merging into OUT."),
@@ -147,6 +148,8 @@ CLUSTER = together(
 )
 TALK = together(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."),
-    click.option("-v", "--verbose", count=True, help="Say more; of merge the kept shares of every tensor."),
-    click.option("-q", "--quiet", is_flag=True, help="No notes and no progress; of merge and sweep no summary either."),
+    click.option("-v", "--verbose", count=True, help="Say more; of merge and analyze also of every tensor."),
+    click.option(
+        "-q", "--quiet", is_flag=True, help="No notes and no progress; of merge, sweep and analyze no summary either."
+    ),
 )

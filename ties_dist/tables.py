@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from ties_dist.analysis import Analysis, Group, MeanMagnitudes
 from ties_dist.checkpoint import Checkpoint
 from ties_dist.methods import METHODS
 from ties_dist.planning import readable
@@ -135,6 +136,84 @@ def sweep_table(done: Sequence[Swept]) -> None:
         f"{readable(wrote)} in {max((r.elapsed_seconds for r in fresh), default=0.0):.1f} s",
         soft_wrap=True,
     )
+
+
+def analysis_table(found: Analysis, *, detailed: bool = False) -> None:
+    """Experts, then what is between them, and last what to act on. detailed: also by layer and by tensor."""
+    console = _console()
+    console.print(
+        f"{found.elements:,} elements, {len(found.experts)} experts, base '{found.base}'; trimmed over the whole model "
+        f"to density {found.density:g}",
+        soft_wrap=True,
+    )
+    table = Table("expert", "norm", "of the base's", "zeros", "threshold", "kept", "at threshold", "mass kept")
+    for e in found.experts:
+        trim = next(t for t in e.trims if t.density == found.density)
+        table.add_row(
+            escape(e.name),
+            f"{e.norm:.4g}",
+            f"{e.relative_norm:.2%}",
+            f"{e.zero_fraction:.1%}",
+            f"{trim.threshold:.6g}{'' if trim.exact else ' (near)'}",
+            f"{trim.kept_fraction:.1%}",
+            f"{trim.tie_fraction:.1%}",
+            f"{trim.mass_fraction:.1%}",
+        )
+    console.print(table)
+    if len(found.experts) > 1:
+        conflicts = Table("sign conflicts", *(f"{n} experts" for n in range(2, len(found.experts) + 1)))
+        for row in found.conflicts:
+            conflicts.add_row(f"density {row.density:g}", *(f"{share:.2%}" for share in row.fractions))
+        console.print(conflicts)
+        cosines = Table("cosine", *(escape(e.name) for e in found.experts))
+        for e, values in zip(found.experts, found.cosines, strict=True):
+            cosines.add_row(escape(e.name), *("-" if c is None else f"{round(c, 3) + 0.0:.3f}" for c in values))
+        console.print(cosines)
+        console.print(_means("influential in", found.interference.influence))
+        console.print(_means("sign agreement", found.interference.agreement))
+    console.print(_groups("kind of weight", found.kinds))
+    if detailed:
+        console.print(_groups("layer", found.layers))
+        console.print(_groups("tensor", found.tensors))
+    run = found.run
+    cost = (
+        "taken from the statistics store, without a read"
+        if run.cached
+        else f"read {readable(run.bytes_read)}, {run.bytes_read / max(1, run.input_bytes):.2f} times the inputs"
+    )
+    console.print(
+        f"{cost}, in {run.elapsed_seconds:.1f} s; peak memory {readable(run.peak_rss_bytes)} of "
+        f"{readable(run.projected_bytes)} projected",
+        soft_wrap=True,
+    )
+    if any(t.density == found.density and not t.exact for e in found.experts for t in e.trims):
+        console.print(
+            "(near): a sample's threshold, a little beside the exact one; what is kept is counted exactly at it",
+            soft_wrap=True,
+        )
+    for each in found.warnings:
+        console.print(f"warning: {each.text}", soft_wrap=True)
+
+
+def _means(title: str, rows: Sequence[MeanMagnitudes]) -> Table:
+    table = Table(title, "parameters", "plain mean", "trimmed mean", "elected mean")
+    for row in rows:
+        values = ("-" if v is None else f"{v:.4g}" for v in (row.plain, row.trimmed, row.elected))
+        table.add_row(row.label, f"{row.count:,}", *values)
+    return table
+
+
+def _groups(title: str, groups: Sequence[Group]) -> Table:
+    table = Table(title, "elements", "kept, per expert", "share of the budget", "sign conflicts")
+    for group in groups:
+        table.add_row(
+            escape(group.name),
+            f"{group.elements:,}",
+            ", ".join(f"{e.kept_fraction:.1%}" for e in group.experts),
+            ", ".join(f"{e.budget_fraction:.1%}" for e in group.experts),
+            f"{group.conflict_fraction:.2%}",
+        )
+    return table
 
 
 def plan_table(report: PlanReport) -> None:

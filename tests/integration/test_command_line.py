@@ -92,6 +92,7 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
         ),
         ("plan", "--semantics --sample --json"),
         ("verify", "--sample"),
+        ("analyze", "--out --density --cache-dir --json -v -q"),
         ("inspect", "--json"),
     ],
 )

@@ -41,12 +41,12 @@ LAYERS = [
     {"errors", "parameter", "document", "settings", "models", "options", "dialect", "recipe"},
     {"header", "checkpoint", "adapted", "adapters", "expert_statistics", "congruence", "methods", "storage"}
     | {"threshold", "kernels"},
-    {"layout", "planning", "counting", "matrices", "work"},
+    {"layout", "planning", "counting", "matrices", "work", "tally"},
     {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"}
-    | {"site", "preflight"},
-    {"scan", "passes", "engine", "verify"},
+    | {"site", "preflight", "analysis"},
+    {"scan", "passes", "engine", "verify", "summing"},
     {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "cli", "__main__", "__init__"}
-    | {"subjects", "collecting"},
+    | {"subjects", "collecting", "analyzing", "analysis_page", "charts"},
 ]
 
 

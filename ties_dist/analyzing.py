@@ -1,0 +1,257 @@
+"""`analyze`: what a merge would meet, from one read of its inputs.
+
+Trimming over the whole model needs thresholds before the read that counts: the statistics store's, which are exact, or
+those of a sample of at most 0.4 of the inputs. The read then counts what is above and at them, so that every number is
+exact for a threshold that is stated with its true rank. A finished analysis is kept in the store; its key holds the
+inputs' sizes and times, because no merge proves it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from ties_dist.analysis import VERSION, Analysis, Run, advise
+from ties_dist.errors import OutputError, RecipeError, StoppedError
+from ties_dist.executors.base import check_stop
+from ties_dist.executors.local import LocalExecutor
+from ties_dist.kernels.analysis import MOST_EXPERTS
+from ties_dist.layout import ITEM_BYTES
+from ties_dist.methods.base import TrimRule
+from ties_dist.planning import MergePlan, digest
+from ties_dist.prepare import Job, Resources, opener, prepare
+from ties_dist.progress import LogProgress, Progress, phase
+from ties_dist.report import peak_rss_bytes
+from ties_dist.scan import nonfinite_error, sample_slices
+from ties_dist.statistics import StatisticsStore, cache_folder
+from ties_dist.storage.backends import Backend
+from ties_dist.storage.local import write_durably
+from ties_dist.storage.memory import MemoryWriter
+from ties_dist.summing import Question, summarise
+from ties_dist.tally import Analyse, Signs, Tally, TallyStep
+from ties_dist.threshold import predict, to_bits
+from ties_dist.work import Worker
+
+logger = logging.getLogger(__name__)
+
+DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+PAPER_DENSITY = 0.2
+RULE = TrimRule(scope="model", tie_policy="keep_all")
+SAMPLED = 0.4
+"""Of the inputs at most: with the read that counts, 1.5 times the inputs."""
+READ_AHEAD = 2
+"""Units that are read while others are counted, one per thread; the plan has room for four."""
+DOCUMENT, PAGE = "analysis.json", "report.html"
+ANALYSES = "analyses"
+"""Finished ones, in a folder beside the statistics."""
+
+
+def analyze(
+    recipe: Path | str | dict[str, object],
+    out: Path | str | None = None,
+    *,
+    density: float | None = None,
+    semantics: str | None = None,
+    threads: int | None = None,
+    memory_budget: int = 2 << 30,
+    unit_size: int | None = None,
+    read_backend: Backend = "auto",
+    max_shard_size: int | None = None,
+    cache_dir: Path | str | None = None,
+    allow_external_methods: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    told: Callable[[Sequence[str]], None] | None = None,
+) -> Analysis:
+    """Measure the deltas of a recipe's experts. out: a folder for `analysis.json` and `report.html`.
+
+    density: of the figures and groups; by default the recipe's, where it trims with one, else the paper's 0.2. The
+    other options are those of `merge`. Raises the errors of `ties_dist.errors`.
+    """
+    began = time.monotonic()
+    folder = None if out is None else _usable(Path(out))
+    resources = Resources(threads=threads, memory_budget=memory_budget, unit_bytes=unit_size, backend=read_backend)
+    job = prepare(
+        Path(recipe) if isinstance(recipe, str) and "\n" not in recipe else recipe,
+        semantics=semantics,
+        resources=resources,
+        max_shard_bytes=max_shard_size,
+        allow_external_methods=allow_external_methods,
+    )
+    chosen = _density(job, density)
+    if told is not None:
+        told(job.notes)
+    cache = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    kept = cache / ANALYSES / f"{_key(job, chosen)}.json"
+    found = _kept(kept)
+    if found is None:
+        executor = LocalExecutor(resources.thread_count + READ_AHEAD, stop or threading.Event())
+        try:
+            found = _measure(job, chosen, StatisticsStore(cache), executor, progress or LogProgress())
+        except StoppedError:
+            raise StoppedError("stopped; nothing was written. Run the same command again.") from None
+        _keep(found, kept)
+    found = replace(found, run=replace(found.run, elapsed_seconds=time.monotonic() - began))
+    if folder is not None:
+        _write(found, folder)
+    return found
+
+
+def to_json(found: Analysis) -> str:
+    return TypeAdapter(Analysis).dump_json(found, indent=1).decode()  # the json module takes ten times as long
+
+
+def _usable(folder: Path) -> Path:
+    """Made, and with all that a page needs, before hours are spent. Raises OutputError."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OutputError(
+            "--out writes a page with charts, for which matplotlib is needed: pip install 'ties-dist[report]'. "
+            "Without --out the table and --json work as they are."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}. Give another folder with --out.") from error
+    write_durably(folder / f".{PAGE}", b"")
+    (folder / f".{PAGE}").unlink()
+    return folder
+
+
+def _density(job: Job, asked: float | None) -> float:
+    """Of the figures. Raises RecipeError also where there are no deltas to measure."""
+    recipe, plan = job.recipe, job.plan
+    if recipe.base is None:
+        raise RecipeError("an analysis is of deltas, and this recipe has no `base_model`: name the experts' base.")
+    if len(plan.experts) > MOST_EXPERTS:
+        raise RecipeError(f"an analysis takes up to {MOST_EXPERTS} experts; this recipe has {len(plan.experts)}.")
+    if not plan.elements:
+        raise RecipeError("an analysis needs tensors to merge, and this recipe excludes all of them.")
+    if asked is not None:
+        return asked
+    given = {e.parameters["density"].constant for e in recipe.experts if "density" in e.parameters}
+    own = given.pop() if len(given) == 1 and plan.method.trim is not None else None
+    return own if own is not None else PAPER_DENSITY
+
+
+def _measure(job: Job, density: float, store: StatisticsStore, executor: LocalExecutor, progress: Progress) -> Analysis:
+    """One read of base and experts, in any order of units."""
+    plan = job.plan
+    worker = Worker(plan, opener(plan, job.resources))
+    question, source = ask(plan, density, store, worker)
+    tally, models = Tally(Signs.empty(len(plan.experts))), len(plan.experts) + 1
+    units, step = list(plan.units()), TallyStep(worker, MemoryWriter(), turns=threading.Semaphore(plan.threads))
+    with phase(progress, "analyze", plan.layout.total_bytes * models):
+        for unit, part in executor.call(step, Analyse(question.bits, question.chosen), units):
+            check_stop(executor.stop)
+            tally.add(part)
+            progress.advance(unit.nbytes * models)
+    if tally.nonfinite:
+        raise nonfinite_error(plan, worker, tally.nonfinite)
+    found = summarise(question, tally)
+    run = Run(
+        bytes_read=worker.requested_bytes,
+        input_bytes=input_bytes(plan),
+        peak_rss_bytes=peak_rss_bytes(),
+        projected_bytes=plan.projected_bytes,
+        threads=plan.threads,
+        unit_bytes=plan.unit_bytes,
+        thresholds_from=source,
+    )
+    return replace(found, warnings=tuple(advise(found, trims=plan.method.trim == RULE)), notes=job.notes, run=run)
+
+
+def input_bytes(plan: MergePlan) -> int:
+    """One read of what is measured."""
+    models = (plan.base, *plan.experts)
+    return sum(t.numel * ITEM_BYTES[m.tensors[t.source].dtype] for m in models for t in plan.counted)
+
+
+def ask(plan: MergePlan, density: float, store: StatisticsStore, worker: Worker) -> tuple[Question, str]:
+    """Thresholds for every expert and density, and where they are from: 'cache', 'sample' or both."""
+    densities = tuple(sorted({*DENSITIES, density}, reverse=True))
+    ranks = [RULE.rank(plan.elements, d) for d in densities]
+    found: dict[tuple[int, int], int] = {}
+    for i in range(len(plan.experts)):
+        known = store.load(store.key(plan, i), plan.elements)
+        for j, rank in enumerate(ranks):
+            threshold = known.threshold(rank) if known and rank else None
+            if rank is None or threshold is not None:
+                found[i, j] = threshold.bits if threshold else 0
+    wanted = [i for i in range(len(plan.experts)) if any((i, j) not in found for j in range(len(ranks)))]
+    from_store = any(rank and (i, j) in found for i in range(len(plan.experts)) for j, rank in enumerate(ranks))
+    if wanted:
+        magnitudes, weights = worker.sample(*thinned(plan), wanted)
+        for i in wanted:
+            for j, rank in enumerate(ranks):
+                if rank and (i, j) not in found:
+                    found[i, j] = to_bits(predict(magnitudes[i], weights, rank / plan.elements).value)
+    # A sample's may fall behind an exact neighbour's.
+    rows = [np.maximum.accumulate([found[i, j] for j in range(len(ranks))]) for i in range(len(plan.experts))]
+    question = Question(
+        plan=plan,
+        densities=densities,
+        density=density,
+        bits=tuple(tuple(int(b) for b in row) for row in rows),
+        ranks=tuple(rank or 0 for rank in ranks),
+    )
+    return question, "cache and sample" if wanted and from_store else "sample" if wanted else "cache"
+
+
+def thinned(plan: MergePlan) -> tuple[list[tuple[str, int, int]], list[float]]:
+    """Slices of a sample and their elements' weights; shorter where the usual ones are much of a small model."""
+    slices, weights = sample_slices(plan)
+    part = SAMPLED * plan.elements / sum(stop - start for _, start, stop in slices)
+    if part >= 1:
+        return slices, weights
+    shorter = [(name, start, start + max(1, int(part * (stop - start)))) for name, start, stop in slices]
+    grown = [
+        weight * (stop - start) / (cut - start)
+        for weight, (_, start, stop), (_, _, cut) in zip(weights, slices, shorter, strict=True)
+    ]
+    return shorter, grown
+
+
+def _key(job: Job, density: float) -> str:
+    plan = job.plan
+    counted = [(t.source, t.numel) for t in plan.counted]
+    models = [(m.name, m.identity) for m in (plan.base, *plan.experts)]
+    method = (plan.method.name, plan.method.trim, density, DENSITIES)
+    facts = (VERSION, method, models, counted, job.notes, sorted(job.stamps.items()))
+    return digest(repr(facts).encode())
+
+
+def _kept(path: Path) -> Analysis | None:
+    try:
+        found = TypeAdapter(Analysis).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        logger.warning("the kept analysis %s is unreadable (%s): reading the inputs", path.name, type(error).__name__)
+        return None
+    logger.info("these inputs were analysed before: taken from the statistics store")
+    return replace(found, run=replace(found.run, cached=True, bytes_read=0, peak_rss_bytes=peak_rss_bytes()))
+
+
+def _keep(found: Analysis, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, to_json(found))
+    except OSError as error:
+        logger.warning("cannot keep the analysis in %s (%s): the next one reads again", path.parent, error)
+
+
+def _write(found: Analysis, folder: Path) -> None:
+    """Raises OutputError."""
+    from ties_dist.analysis_page import page
+
+    write_durably(folder / DOCUMENT, to_json(found))
+    write_durably(folder / PAGE, page(found))
+    logger.info("%s and %s written", folder / DOCUMENT, folder / PAGE)
