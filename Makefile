@@ -8,7 +8,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 # torch's OpenMP threads spin while they wait; on a busy machine that makes a fine-tuning step 5 to 8 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check drill drill-ray simulate bench clean
+.PHONY: demo test check drill drill-ray simulate bench paper paper-quick clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart/run.py
@@ -33,6 +33,15 @@ simulate: .venv/installed
 # 200 merges on a Ray cluster of this machine, whose workers, nodes and drivers fail at random; about 20 minutes.
 drill-ray: .venv/installed
 	$(BIN)/python -m tests.drills.ray_drill --runs 200 --report
+
+# The paper's claims on MiniLM and twelve text tasks: quick, some 15 minutes on two quiet cores; the whole takes hours.
+paper-quick: .venv/installed
+	$(BIN)/python $(PIP) --editable '.[demo,paper]'
+	$(BIN)/python -m benchmarks.paper.run --quick --report
+
+paper: .venv/installed
+	$(BIN)/python $(PIP) --editable '.[demo,paper]'
+	$(BIN)/python -m benchmarks.paper.run --report
 
 # Against mergekit on TinyLlama-1.1B shapes, with the ceiling measured in the same run; needs 14 GB of disk.
 bench: .venv/installed .venv-mergekit/installed

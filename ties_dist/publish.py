@@ -220,6 +220,7 @@ def _remove_old(out: OutFolder, keep: set[str], companions: set[str], check: Cal
     old = [out.path / INDEX_NAME, *(path for path in shards if path.name not in keep)]
     old += [out.path / name for name in sorted(out.companions() - companions)]
     if not (old := [path for path in dict.fromkeys(old) if path.exists() or path.is_symlink()]):
+        sync_folder(out.path)
         return
     retired = out.retire()
     for path in old:

@@ -7,6 +7,7 @@ merges' settings are the paper's; nothing was chosen on `test`.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,18 +54,31 @@ def train_head(base: Tensors, tokenizer: Tokenizer, task: Task) -> Head:
     return Head(weight=weight.detach(), bias=bias.detach())
 
 
-def fine_tune(base: Tensors, tokenizer: Tokenizer, head: Head, task: Task) -> Tensors:
-    """All float tensors are trained. AdamW without decay: what gets no gradient (unseen tokens, pooler) stays put."""
+def fine_tune(
+    base: Tensors,
+    tokenizer: Tokenizer,
+    heads: Sequence[Head],
+    tasks: Sequence[Task],
+    *,
+    steps: int = STEPS,
+    seed: int = SEED,
+) -> Tensors:
+    """All float tensors are trained. AdamW without decay: what gets no gradient (unseen tokens, pooler) stays put.
+
+    Several tasks take turns, batch by batch, each under its own head.
+    """
     expert = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in base.items()}
     trained = [tensor for tensor in expert.values() if tensor.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    draw = random.Random(f"{SEED} {task.name}")
-    queue: list[Example] = []
-    for step in range(STEPS):
-        if len(queue) < BATCH:
-            queue = draw.sample(task.tune, len(task.tune))
-        batch, queue = tuple(queue[:BATCH]), queue[BATCH:]
-        rate = LEARNING_RATE * min((step + 1) / (WARMUP_SHARE * STEPS), 1 - step / STEPS)
+    draws = [random.Random(f"{seed} {task.name}") for task in tasks]
+    queues: list[list[Example]] = [[] for _ in tasks]
+    for step in range(steps):
+        turn = step % len(tasks)
+        task, head = tasks[turn], heads[turn]
+        if len(queues[turn]) < BATCH:
+            queues[turn] = draws[turn].sample(task.tune, len(task.tune))
+        batch, queues[turn] = tuple(queues[turn][:BATCH]), queues[turn][BATCH:]
+        rate = LEARNING_RATE * min((step + 1) / (WARMUP_SHARE * steps), 1 - step / steps)
         optimizer.param_groups[0]["lr"] = rate
         ((positions, token_ids, mask),) = token_batches(tokenizer, [example.text for example in batch], size=BATCH)
         loss = F.cross_entropy(head(embed(expert, token_ids, mask)), label_tensor(batch)[positions])

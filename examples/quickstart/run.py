@@ -84,7 +84,7 @@ def make_experts(tasks: tuple[Task, ...]) -> dict[str, Head]:
             started = time.monotonic()
             print(f"expert {task.name}: fine-tuning ...", end=" ", flush=True)
             head = train_head(base, tokenizer, task)
-            write_checkpoint(directory, fine_tune(base, tokenizer, head, task))
+            write_checkpoint(directory, fine_tune(base, tokenizer, [head], [task]))
             head_file.parent.mkdir(exist_ok=True)
             save_file({"weight": head.weight, "bias": head.bias}, head_file)
             stamp.write_text(training_digest(task))

@@ -9,7 +9,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -100,13 +100,20 @@ def load_tasks() -> tuple[Task, ...]:
     return tuple(build_task(name, *source) for name, source in SOURCES.items())
 
 
-def build_task(name: str, question: str, package: str, rows: Callable[[], Iterator[Row]]) -> Task:
+def build_task(
+    name: str,
+    question: str,
+    package: str,
+    rows: Callable[[], Iterator[Row]],
+    sizes: Mapping[str, int] = SLICES,
+    split_seed: int = SPLIT_SEED,
+) -> Task:
     groups = group_rows(rows())
     labels = tuple(sorted({label for members in groups for _, _, label in members}))
-    draw = random.Random(f"{SPLIT_SEED} {name}")
+    draw = random.Random(f"{split_seed} {name}")
     draw.shuffle(groups)
     slices: dict[str, tuple[Example, ...]] = {}
-    for slice_name, size in SLICES.items():
+    for slice_name, size in sizes.items():
         wanted = dict.fromkeys(labels, size // len(labels))
         taken: list[Example] = []
         untouched = []

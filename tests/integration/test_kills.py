@@ -181,7 +181,9 @@ def test_killed_while_publishing(over: str, call: str, number: int, merges: Merg
         older = merges.forge.start("merge", merges.job.older, merges.out, "--json", log=merges.folder / "older.log")
         assert older.wait() == 0
     merges.killed(call, number, *options)
-    began = call not in ("ties_dist.engine:publish", "ties_dist.publish:_remove_old")
+    # Over an older model the first move is that of its index, out of the way.
+    first_move = call.endswith("Path.replace") and number == 1
+    began = call not in ("ties_dist.engine:publish", "ties_dist.publish:_remove_old") and not first_move
     assert standing(merges.out, merges.job.versions) == (None if began or not options else "old")
     assert read_journals(merges.run).publishing
     report = merges.finished(*options)

@@ -1,0 +1,363 @@
+"""What the paper claims, each as one function: what is measured, the paper's number or shape, and the verdict's rule.
+
+Verdicts follow from the 95 % interval of a paired difference: separated where it excludes 0. Settings are chosen on the
+`dev` slices; every number here is of the `test` slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from benchmarks.paper.flips import flip_signs
+from benchmarks.paper.lab import Lab
+from benchmarks.paper.statistics import Estimate, Groups, Values, estimate, verdict
+
+PAPER_DENSITY, PAPER_LAMBDA, ARITHMETIC_LAMBDA = 0.2, 1.0, 0.4
+STATISTICS_EXAMPLES = 128
+
+
+@dataclass
+class Claim:
+    """One section of the report. series: for a figure, name -> [(x, Estimate)]."""
+
+    title: str
+    paper: str
+    columns: Sequence[str]
+    rows: list[Sequence[object]] = field(default_factory=list)
+    verdict: str = ""
+    notes: str = ""
+    series: dict[str, list[tuple[float, Estimate]]] = field(default_factory=dict)
+    x_label: str = ""
+
+
+def experts_of(lab: Lab) -> list[str]:
+    return [f"experts/{task}" for task in lab.size.merged]
+
+
+def score(labs: Sequence[Lab], model: str, tasks: Sequence[str]) -> Estimate:
+    """Normalised accuracy."""
+    return estimate([(_values(lab, model, tasks), _groups(lab, tasks)) for lab in labs])
+
+
+def gain(labs: Sequence[Lab], model: str, over: str, tasks: Sequence[str]) -> Estimate:
+    """How much more of the experts' accuracy one model keeps than another, on the same examples."""
+    pairs = []
+    for lab in labs:
+        one, other = _values(lab, model, tasks), _values(lab, over, tasks)
+        pairs.append(({t: one[t] - other[t] for t in tasks}, _groups(lab, tasks)))
+    return estimate(pairs)
+
+
+def own_task(labs: Sequence[Lab], name: Callable[[str], str], over: Callable[[str], str] | None = None) -> Estimate:
+    """Of models that are each evaluated on one task."""
+    pairs: list[tuple[Values, Groups]] = []
+    for lab in labs:
+        tasks = lab.size.merged
+        values = {t: _values(lab, name(t), [t])[t] for t in tasks}
+        if over is not None:
+            values = {t: v - _values(lab, over(t), [t])[t] for t, v in values.items()}
+        pairs.append((values, _groups(lab, tasks)))
+    return estimate(pairs)
+
+
+def _values(lab: Lab, model: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    return {t: v.double().numpy() for t, v in lab.normalised(model, tasks).items()}
+
+
+def _groups(lab: Lab, tasks: Sequence[str]) -> dict[str, list[str]]:
+    return {t: [e.group for e in lab.tasks[t].test] for t in tasks}
+
+
+def ties(lab: Lab, name: str, models: Sequence[str], density: float, lam: float, **options: object) -> str:
+    lab.merge(name, "ties", models, parameters={"density": density, "lambda": lam}, ties_dist=options)
+    return f"merged/{name}"
+
+
+def whole_model_against_per_tensor(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="Whole-model against per-tensor trim",
+        paper="trims over the whole model; no comparison is printed",
+        columns=("density", "whole model", "per tensor", "difference"),
+        x_label="density",
+    )
+    tasks, differences = labs[0].size.merged, []
+    for density in (0.05, 0.1, 0.2):
+        for lab in labs:
+            for scope in ("model", "tensor"):
+                ties(lab, f"{scope}-{density}", experts_of(lab), density, PAPER_LAMBDA, trim_scope=scope)
+        whole, each = (score(labs, f"merged/{scope}-{density}", tasks) for scope in ("model", "tensor"))
+        difference = gain(labs, f"merged/model-{density}", f"merged/tensor-{density}", tasks)
+        differences.append(difference)
+        claim.rows.append((density, whole, each, difference))
+        claim.series.setdefault("whole model", []).append((density, whole))
+        claim.series.setdefault("per tensor", []).append((density, each))
+    better = [d for d in differences if d.separated and d.mean > 0]
+    worse = [d for d in differences if d.separated and d.mean < 0]
+    claim.verdict = f"whole-model better at {len(better)}, worse at {len(worse)}, not separable at the others"
+    return claim
+
+
+def redundancy(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="Redundancy: the largest 20 % of a task vector keep its accuracy",
+        paper="keeping the top 20 % costs almost nothing (its figure 3)",
+        columns=("kept", "normalised accuracy", "against all"),
+        x_label="density",
+    )
+    for density in (0.05, 0.1, 0.2, 0.5):
+        for lab in labs:
+            for task in lab.size.merged:
+                ties(lab, f"kept-{density}-{task}", [f"experts/{task}"], density, PAPER_LAMBDA)
+        kept = own_task(labs, lambda t, d=density: f"merged/kept-{d}-{t}")  # type: ignore[misc]
+        loss = own_task(labs, lambda t, d=density: f"merged/kept-{d}-{t}", lambda t: f"experts/{t}")  # type: ignore[misc]
+        claim.rows.append((f"{density:.0%}", kept, loss))
+        claim.series.setdefault("kept", []).append((density, kept))
+        if density == PAPER_DENSITY:
+            claim.verdict = "reproduced" if loss.low > -2 else "contradicted" if loss.high < -2 else "not separable"
+    claim.notes = "Rule: reproduced where the loss at 20 % is above -2 points in the whole interval."
+    return claim
+
+
+def sign_conflicts(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="Sign conflicts grow with the number of experts",
+        paper="about 10 % of the parameters with four experts (its figure 4), growing",
+        columns=("experts", "parameters with a conflict, %"),
+        x_label="experts",
+    )
+    shares: list[float] = []
+    for count in range(2, len(labs[0].size.merged) + 1):
+        found = []
+        for lab in labs:
+            report = lab.merge(
+                f"conflicts-{count}", "ties", experts_of(lab)[:count], parameters={"density": PAPER_DENSITY}
+            )
+            found.append(100 * report["conflict_fraction"])
+        shares.append(float(np.mean(found)))
+        shown = Estimate(shares[-1], min(found), max(found))
+        claim.rows.append((count, f"{shares[-1]:.1f}"))
+        claim.series.setdefault("conflicts", []).append((count, shown))
+    claim.verdict = "reproduced" if all(a < b for a, b in pairwise(shares)) else "contradicted"
+    claim.notes = "Counted over all parameters after the trim; exact, so no interval but the range over seeds."
+    return claim
+
+
+def sign_flips(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="Flipping the signs of the top 20 % destroys a model, of the bottom 80 % hardly matters",
+        paper="its figure 8: the top's flips ruin accuracy, the bottom's leave it",
+        columns=("flipped", "normalised accuracy", "against none"),
+    )
+    for lab in labs:
+        for task in lab.size.merged:
+            for part in ("top", "bottom"):
+                name, made_from = f"flipped/{part}-{task}", [lab.digest("base"), lab.digest(f"experts/{task}"), part]
+                if not lab.made(name, made_from):
+                    flipped = flip_signs(lab.load("base"), lab.load(f"experts/{task}"), PAPER_DENSITY, part=part)
+                    lab.make(name, flipped, made_from)
+    losses = {}
+    for part, words in (("top", "top 20 %"), ("bottom", "bottom 80 %")):
+        flipped = own_task(labs, lambda t, p=part: f"flipped/{p}-{t}")  # type: ignore[misc]
+        losses[part] = own_task(labs, lambda t, p=part: f"flipped/{p}-{t}", lambda t: f"experts/{t}")  # type: ignore[misc]
+        claim.rows.append((words, flipped, losses[part]))
+    difference = own_task(labs, lambda t: f"flipped/bottom-{t}", lambda t: f"flipped/top-{t}")
+    claim.rows.append(("bottom against top", "", difference))
+    claim.verdict = verdict(difference, expected=1)
+    return claim
+
+
+def methods(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="The methods, with and without validation",
+        paper="T5-base without validation: averaging 65.9, task arithmetic 73.2, TIES 69.7 (of 82.8 fine-tuned); "
+        "ViT-B/32: 65.8, 60.4, 72.4; with validation TIES is ahead everywhere",
+        columns=("method", "settings", "normalised accuracy", "against averaging"),
+    )
+    tasks = labs[0].size.merged
+    chosen: dict[str, str] = {}
+    for lab in labs:
+        models = experts_of(lab)
+        lab.merge("averaging", "linear", models)
+        lab.merge("task_arithmetic", "task_arithmetic", models, parameters={"lambda": ARITHMETIC_LAMBDA})
+        ties(lab, "ties", models, PAPER_DENSITY, PAPER_LAMBDA)
+        lab.merge("dare_ties", "dare_ties", models, parameters={"density": PAPER_DENSITY, "lambda": ARITHMETIC_LAMBDA})
+        for kind, method in (("fisher", "fisher"), ("gram", "regmean")):
+            stores = {f"experts/{t}": lab.collect(kind, t, STATISTICS_EXAMPLES) for t in tasks}
+            lab.merge(method, method, models, statistics=stores)
+        swept = lab.sweep("arithmetic", "task_arithmetic", models, **{"lambda": "0.2:1.4:0.2"})
+        chosen[f"{lab.seed} arithmetic"] = _best(lab, swept, "task_arithmetic-validated")
+        swept = lab.sweep("ties", "ties", models, density="0.1,0.2,0.3", **{"lambda": "0.8:2.8:0.4"})
+        chosen[f"{lab.seed} ties"] = _best(lab, swept, "ties-validated")
+    listed = (
+        ("base", "pretrained", "", "base"),
+        ("averaging", "averaging", "", "merged/averaging"),
+        ("fisher", "Fisher", f"{STATISTICS_EXAMPLES} examples a task", "merged/fisher"),
+        ("regmean", "RegMean", f"{STATISTICS_EXAMPLES} examples a task, alpha 0.9", "merged/regmean"),
+        ("task_arithmetic", "task arithmetic", f"lambda {ARITHMETIC_LAMBDA}", "merged/task_arithmetic"),
+        ("dare_ties", "DARE-TIES", f"density {PAPER_DENSITY}, lambda {ARITHMETIC_LAMBDA}", "merged/dare_ties"),
+        ("ties", "TIES", f"density {PAPER_DENSITY}, lambda {PAPER_LAMBDA:g}", "merged/ties"),
+        ("arithmetic-v", "task arithmetic, validated", "lambda on dev", "merged/task_arithmetic-validated"),
+        ("ties-v", "TIES, validated", "density and lambda on dev", "merged/ties-validated"),
+        ("multitask", "multitask", "trained on all tasks at once", "experts/multitask"),
+    )
+    for _, words, settings, model in listed:
+        against = gain(labs, model, "merged/averaging", tasks) if model != "merged/averaging" else ""
+        claim.rows.append((words, settings, score(labs, model, tasks), against))
+    plain = gain(labs, "merged/ties", "merged/task_arithmetic", tasks)
+    tuned = gain(labs, "merged/ties-validated", "merged/task_arithmetic-validated", tasks)
+    claim.rows.append(("TIES against task arithmetic", "without validation", "", plain))
+    claim.rows.append(("TIES against task arithmetic", "with validation", "", tuned))
+    claim.verdict = f"TIES above task arithmetic: {verdict(plain, expected=1)} without validation, "
+    claim.verdict += f"{verdict(tuned, expected=1)} with it"
+    claim.notes = "Chosen on dev: " + "; ".join(f"seed {k}: {v}" for k, v in chosen.items()) + "."
+    return claim
+
+
+def _best(lab: Lab, swept: Mapping[tuple[float, ...], str], name: str) -> str:
+    """Copies the sweep's best model on the dev slices to `name`; returns its settings."""
+    tasks = lab.size.merged
+    scores = {
+        values: float(np.mean([v.mean().item() for v in lab.normalised(model, tasks, "dev").values()]))
+        for values, model in swept.items()
+    }
+    best = max(scores, key=lambda values: scores[values])
+    lab.make(f"merged/{name}", lab.load(swept[best]), [lab.digest(swept[best])])
+    return "/".join(f"{v:g}" for v in best)
+
+
+def number_of_tasks(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="Accuracy against the number of tasks",
+        paper="TIES and task arithmetic are equal at two tasks; TIES falls slowest as tasks are added (its figure 5)",
+        columns=("tasks", "averaging", "task arithmetic", "TIES", "TIES against task arithmetic"),
+        x_label="tasks merged",
+    )
+    everything = labs[0].size.merged
+    first = last = None
+    for count in range(2, len(everything) + 1, 2):
+        tasks = everything[:count]
+        names = {m: f"{m}-of-{count}" for m in ("averaging", "task_arithmetic", "ties")}
+        for lab in labs:
+            models = [f"experts/{t}" for t in tasks]
+            lab.merge(names["averaging"], "linear", models)
+            lab.merge(names["task_arithmetic"], "task_arithmetic", models, parameters={"lambda": ARITHMETIC_LAMBDA})
+            ties(lab, names["ties"], models, PAPER_DENSITY, PAPER_LAMBDA)
+        found = {m: score(labs, f"merged/{n}", tasks) for m, n in names.items()}
+        last = gain(labs, f"merged/{names['ties']}", f"merged/{names['task_arithmetic']}", tasks)
+        first = first or last
+        claim.rows.append((count, *found.values(), last))
+        for method, value in found.items():
+            claim.series.setdefault(method.replace("_", " "), []).append((count, value))
+    assert first is not None and last is not None
+    equal = "contradicted" if first.separated else "reproduced"
+    claim.verdict = f"equal at two tasks: {equal}; TIES ahead at all tasks: {verdict(last, expected=1)}"
+    claim.notes = "Tasks in a fixed order; equality is not proven by an interval that holds 0, only not refuted."
+    return claim
+
+
+def held_out(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="Held-out tasks",
+        paper="TIES generalises better than task arithmetic to tasks that were not merged",
+        columns=("model", "normalised accuracy on the held-out tasks", "against pretrained"),
+    )
+    tasks = labs[0].size.held_out
+    for model in ("base", "merged/averaging", "merged/task_arithmetic", "merged/ties"):
+        against = gain(labs, model, "base", tasks) if model != "base" else ""
+        claim.rows.append((model.removeprefix("merged/"), score(labs, model, tasks), against))
+    difference = gain(labs, "merged/ties", "merged/task_arithmetic", tasks)
+    claim.rows.append(("TIES against task arithmetic", "", difference))
+    claim.verdict = verdict(difference, expected=1)
+    return claim
+
+
+def initialisation(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="A merged model as initialisation: merge the others, fine-tune on one",
+        paper="starting from TIES is better than from the pretrained model and other merges (its table 7)",
+        columns=("start", "normalised accuracy", "against pretrained"),
+    )
+    tasks = labs[0].size.restarts
+    starts = ("averaging", "task_arithmetic", "ties")
+    for lab in labs:
+        for task in tasks:
+            rest = [f"experts/{t}" for t in lab.size.merged if t != task]
+            lab.merge(f"averaging-without-{task}", "linear", rest)
+            lab.merge(
+                f"task_arithmetic-without-{task}", "task_arithmetic", rest, parameters={"lambda": ARITHMETIC_LAMBDA}
+            )
+            ties(lab, f"ties-without-{task}", rest, PAPER_DENSITY, PAPER_LAMBDA)
+            for start in starts:
+                lab.expert([task], start=f"merged/{start}-without-{task}")
+    claim.rows.append(("pretrained", 100, ""))
+    found = {}
+    for start in starts:
+        pairs, values = [], []
+        for lab in labs:
+            name = {t: f"experts/{t} from merged-{start}-without-{t}" for t in tasks}
+            one = {t: _values(lab, name[t], [t])[t] for t in tasks}
+            values.append((one, _groups(lab, tasks)))
+            own = {t: _values(lab, f"experts/{t}", [t])[t] for t in tasks}
+            pairs.append(({t: one[t] - own[t] for t in tasks}, _groups(lab, tasks)))
+        found[start] = estimate(pairs)
+        claim.rows.append((start.replace("_", " "), estimate(values), found[start]))
+    claim.verdict = f"TIES above the pretrained start: {verdict(found['ties'], expected=1)}"
+    claim.notes = f"Tasks: {', '.join(tasks)}; as many steps as the experts had."
+    return claim
+
+
+def ablation(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="Ablation: trim, election, disjoint mean",
+        paper="each step helps (its table 5)",
+        columns=("without", "normalised accuracy", "against TIES"),
+    )
+    tasks, parts = labs[0].size.merged, []
+    for words, density, options in (
+        ("the trim", 1.0, {}),
+        ("the election", PAPER_DENSITY, {"elect": "none"}),
+        ("the disjoint mean (divide by all experts)", PAPER_DENSITY, {"aggregate": "average"}),
+    ):
+        name = f"without-{words.split()[1]}"
+        for lab in labs:
+            ties(lab, name, experts_of(lab), density, PAPER_LAMBDA, **options)
+        difference = gain(labs, f"merged/{name}", "merged/ties", tasks)
+        parts.append(f"{words}: {verdict(difference, expected=-1)}")
+        claim.rows.append((words, score(labs, f"merged/{name}", tasks), difference))
+    claim.verdict = "; ".join(parts)
+    claim.notes = "The scale is the validated row of the methods' table. All at lambda 1."
+    return claim
+
+
+def oracle_signs(labs: Sequence[Lab]) -> Claim:
+    claim = Claim(
+        title="The multitask model's signs",
+        paper="with them TIES comes close to the multitask model (its table 4)",
+        columns=("model", "normalised accuracy", "against TIES"),
+    )
+    tasks = labs[0].size.merged
+    for lab in labs:
+        ties(lab, "oracle", experts_of(lab), PAPER_DENSITY, PAPER_LAMBDA, elect_from="experts/multitask")
+    for model in ("merged/ties", "merged/oracle", "experts/multitask"):
+        against = gain(labs, model, "merged/ties", tasks) if model != "merged/ties" else ""
+        claim.rows.append((model.partition("/")[2], score(labs, model, tasks), against))
+    claim.verdict = verdict(gain(labs, "merged/oracle", "merged/ties", tasks), expected=1)
+    return claim
+
+
+CLAIMS: tuple[Callable[[Sequence[Lab]], Claim], ...] = (
+    whole_model_against_per_tensor,
+    redundancy,
+    sign_conflicts,
+    sign_flips,
+    methods,
+    number_of_tasks,
+    held_out,
+    initialisation,
+    ablation,
+    oracle_signs,
+)

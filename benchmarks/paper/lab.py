@@ -1,0 +1,266 @@
+"""Models on disk, made once: heads, experts, merges by the command line, and what each gets right.
+
+Everything is kept under the build folder with a digest of what it was made from, so that a run that was killed goes on,
+and a change trains again only what depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from encoder import Tensors, base_directory, load_tokenizer
+from finetune import Head, correct, fine_tune, train_head
+from safetensors.torch import load_file, save_file
+from tasks import Task
+
+from benchmarks.paper import ROOT, text_tasks
+
+COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+CODE = ("encoder.py", "finetune.py", "tasks.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is done. steps: of one fine-tuning, a batch of 32 each."""
+
+    name: str
+    seeds: tuple[int, ...]
+    merged: tuple[str, ...]
+    held_out: tuple[str, ...]
+    slices: Mapping[str, int]
+    steps: int
+    restarts: tuple[str, ...]
+    """Tasks that a merge of the others is a start for."""
+    subsets: int
+    """Draws of experts per number of tasks."""
+
+
+QUICK = Size(
+    name="quick",
+    seeds=(0,),
+    merged=tuple(text_tasks.MERGED),
+    held_out=tuple(text_tasks.HELD_OUT),
+    slices={"test": 300, "probe": 300, "dev": 160, "tune": 3200},
+    steps=80,
+    restarts=("kind", "docstring"),
+    subsets=1,
+)
+FULL = Size(
+    name="full",
+    seeds=(0, 1, 2),
+    merged=tuple(text_tasks.MERGED),
+    held_out=tuple(text_tasks.HELD_OUT),
+    slices={"test": 400, "probe": 300, "dev": 240, "tune": 3200},
+    steps=200,
+    restarts=tuple(text_tasks.MERGED),
+    subsets=4,
+)
+
+
+@dataclass
+class Lab:
+    """One seed's models. A seed draws the slices and the order of the examples."""
+
+    size: Size
+    seed: int
+    build: Path
+    tasks: dict[str, Task] = field(default_factory=dict)
+    heads: dict[str, Head] = field(default_factory=dict)
+    _scores: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = self.build / self.size.name / f"seed-{self.seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = load_tokenizer(base_directory())
+        self.base: Tensors = load_file(base_directory() / "model.safetensors")
+        names = (*self.size.merged, *self.size.held_out)
+        loaded = text_tasks.load(names, dict(self.size.slices), self.seed)
+        self.tasks = {task.name: task for task in loaded}
+        self.store = self.folder / "scores.json"
+        self._scores = json.loads(self.store.read_text()) if self.store.exists() else {}
+        self._write("base", self.base)
+        for name, task in self.tasks.items():
+            self.heads[name] = self._head(task)
+
+    # -- models
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _write(self, name: str, tensors: Tensors) -> None:
+        folder = self.path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in COMPANIONS:
+            shutil.copyfile(base_directory() / file, folder / file)
+        partial = folder / "model.safetensors.partial"
+        save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.replace(folder / "model.safetensors")
+
+    def load(self, name: str) -> Tensors:
+        return load_file(self.path(name) / "model.safetensors")
+
+    def _stamped(self, name: str, made_from: Sequence[Any]) -> bool:
+        """Whether a model was made from just this."""
+        stamp = self.path(name) / "made_from.json"
+        return stamp.exists() and json.loads(stamp.read_text()) == json.loads(json.dumps(made_from))
+
+    def _stamp(self, name: str, made_from: Sequence[Any]) -> None:
+        (self.path(name) / "made_from.json").write_text(json.dumps(made_from))
+
+    def make(self, name: str, tensors: Tensors, made_from: Sequence[Any]) -> str:
+        """A model of our own making, such as one with flipped signs."""
+        self._write(name, tensors)
+        self._stamp(name, made_from)
+        return name
+
+    def made(self, name: str, made_from: Sequence[Any]) -> bool:
+        return self._stamped(name, made_from)
+
+    def _head(self, task: Task) -> Head:
+        made_from = [code_digest(), task_digest(task)]
+        name = f"heads/{task.name}"
+        file = self.path(name) / "head.safetensors"
+        if not self._stamped(name, made_from):
+            head = train_head(self.base, self.tokenizer, task)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"weight": head.weight, "bias": head.bias}, file)
+            self._stamp(name, made_from)
+        return Head(**load_file(file))
+
+    def expert(self, tasks: Sequence[str], *, start: str = "base", steps: int | None = None) -> str:
+        """The encoder fine-tuned on tasks, from the base or from another model; returns its name."""
+        steps = steps or self.size.steps * len(tasks)
+        label = tasks[0] if len(tasks) == 1 else "multitask"
+        name = f"experts/{label}" if start == "base" else f"experts/{label} from {start.replace('/', '-')}"
+        made_from = [code_digest(), [task_digest(self.tasks[t]) for t in tasks], steps, self.seed, self.digest(start)]
+        if not self._stamped(name, made_from):
+            began = time.monotonic()
+            chosen = [self.tasks[t] for t in tasks]
+            tuned = fine_tune(
+                self.load(start), self.tokenizer, [self.heads[t] for t in tasks], chosen, steps=steps, seed=self.seed
+            )
+            self._write(name, tuned)
+            self._stamp(name, made_from)
+            say(f"seed {self.seed}: {name}, {steps} steps in {time.monotonic() - began:.0f} s")
+        return name
+
+    def merge(self, name: str, method: str, models: Sequence[str], **recipe: Any) -> dict[str, Any]:
+        """Merge by the command line; returns its report. recipe: `parameters`, `ties_dist`, `statistics` by model."""
+        statistics = recipe.pop("statistics", {})
+        document: dict[str, Any] = {
+            "merge_method": method,
+            "base_model": str(self.path("base")),
+            "models": [
+                {"model": str(self.path(m))} | ({"statistics": str(statistics[m])} if m in statistics else {})
+                for m in models
+            ],
+            "dtype": "float32",
+            **recipe,
+        }
+        if oracle := document.get("ties_dist", {}).get("elect_from"):
+            document["ties_dist"] = {**document["ties_dist"], "elect_from": str(self.path(oracle))}
+        file = self.path("recipes") / f"{name.replace('/', '-')}.yml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(document, sort_keys=False))
+        out = self.path(f"merged/{name}")
+        return dict(json.loads(self._run(["merge", str(file), str(out), "--json", "--quiet", "--overwrite"])))
+
+    def sweep(self, name: str, method: str, models: Sequence[str], **values: str) -> dict[tuple[float, ...], str]:
+        """Merges of one read, by value; values: what `ties-dist sweep` takes."""
+        parameters: dict[str, float] = {"density": 0.2} if "density" in values else {}
+        document = {
+            "merge_method": method,
+            "base_model": str(self.path("base")),
+            "models": [{"model": str(self.path(m))} for m in models],
+            "parameters": parameters,
+            "dtype": "float32",
+        }
+        file = self.path("recipes") / f"{name}.yml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(document, sort_keys=False))
+        options = [part for key, value in values.items() for part in (f"--{key}", value)]
+        out = self.path(f"swept/{name}")
+        done = self._run(["sweep", str(file), str(out), *options, "--json", "--quiet", "--overwrite", "--fresh"])
+        return {
+            tuple(one["values"].values()): str(Path(one["out"]).relative_to(self.folder)) for one in json.loads(done)
+        }
+
+    def collect(self, kind: str, task: str, examples: int) -> Path:
+        """The store of an expert's statistics over its own task's examples."""
+        expert = f"experts/{task}"
+        data = self.path("data") / f"{task}.jsonl"
+        data.parent.mkdir(exist_ok=True)
+        lines = [json.dumps({"text": e.text, "label": e.label}) for e in self.tasks[task].tune[:examples]]
+        data.write_text("\n".join(lines))
+        (self.path(expert) / "head.json").write_text(json.dumps(str(self.path(f"heads/{task}") / "head.safetensors")))
+        out = self.path(f"statistics/{kind}-{task}")
+        command = ["collect", kind, str(self.path(expert)), "--data", str(data), "--out", str(out), "--quiet"]
+        command += ["--model", "benchmarks.paper.subject:make"]
+        try:
+            self._run(command)
+        except SystemExit:  # of an expert that was trained again since
+            self._run([*command, "--fresh"])
+        return out
+
+    def _run(self, arguments: Sequence[str]) -> str:
+        command = [sys.executable, "-m", "ties_dist", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+        return done.stdout
+
+    # -- what they get right
+
+    def digest(self, name: str) -> str:
+        with open(self.path(name) / "model.safetensors", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def right(self, name: str, task: str, part: str = "test") -> torch.Tensor:
+        """(examples,) bool, of one slice of a task."""
+        key = f"{self.digest(name)} {task_digest(self.tasks[task])} {code_digest()} {part}"
+        if key not in self._scores:
+            examples = getattr(self.tasks[task], part)
+            model = self._loaded(name)
+            found = correct(model, self.tokenizer, self.heads[task], examples)
+            self._scores[key] = "".join("01"[r] for r in found.tolist())
+            self.store.write_text(json.dumps(self._scores))
+        return torch.tensor([c == "1" for c in self._scores[key]])
+
+    def _loaded(self, name: str) -> Tensors:
+        digest = self.digest(name)
+        if getattr(self, "_last", ("", None))[0] != digest:
+            self._last = digest, self.load(name)
+        return self._last[1]
+
+    def normalised(self, name: str, tasks: Iterable[str], part: str = "test") -> dict[str, torch.Tensor]:
+        """Per task, each example's correctness over the expert's accuracy: the mean is the normalised accuracy."""
+        found = {}
+        for task in tasks:
+            own = self.right(f"experts/{task}", task, part).float().mean()
+            found[task] = self.right(name, task, part).float() / own
+        return found
+
+
+def task_digest(task: Task) -> str:
+    content = repr((task.name, task.labels, task.test, task.probe, task.dev, task.tune))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    quickstart = ROOT / "examples" / "quickstart"
+    return hashlib.sha256(b"".join((quickstart / name).read_bytes() for name in CODE)).hexdigest()[:16]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

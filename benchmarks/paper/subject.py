@@ -1,0 +1,31 @@
+"""The model that `ties-dist collect` runs: an expert under its task's frozen head (`lab.Lab.collect`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def make(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str, Any]], Tensor]]:
+    """The log-likelihood of an example's label, by the same embedding as the demo's encoder takes."""
+    from transformers import AutoModel, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    module = AutoModel.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    head = load_file(json.loads((checkpoint / "head.json").read_text()))
+
+    def score(module: nn.Module, example: Mapping[str, Any]) -> Tensor:
+        inputs = tokenizer(example["text"], return_tensors="pt", truncation=True, max_length=32)
+        embedding = F.normalize(module(**inputs).last_hidden_state.mean(1), dim=-1)
+        return torch.log_softmax(F.linear(embedding, head["weight"], head["bias"]), -1)[0, example["label"]]
+
+    return module, score
