@@ -79,6 +79,11 @@ def read_adapter(path: Path, name: str, reader: Callable[[Path], Reader]) -> Ada
         for key, what in _UNSUPPORTED.items()
         if isinstance(config, dict) and config.get(key)
     ]
+    if isinstance(config, dict):
+        alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
+        problems += [
+            f"{CONFIG}: alpha {alpha!r} is no number" for alpha in alphas if not isinstance(alpha, int | float)
+        ]
     if not (path / WEIGHTS).is_file():
         other = "adapter_model.bin" if (path / "adapter_model.bin").is_file() else "no weights"
         problems.append(f"{WEIGHTS}: missing (found {other}): save the adapter with safetensors")
@@ -174,8 +179,10 @@ def stored_name(name: str, base: Checkpoint) -> str | None:
 
 
 def _change(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list[str]) -> Change | None:
-    if target.dtype not in TYPES:
-        problems.append(f"{show(target.name)}: has dtype {target.dtype}, which is not merged")
+    if odd := sorted({entry.dtype for entry in (target, *parts.parts.values())} - TYPES.keys()):
+        problems.append(
+            f"{show(target.name)}: {', '.join(odd)} in it or its adapter; only F32, F16 and BF16 are merged"
+        )
         return None
     if len(target.shape) != 2:
         problems.append(f"{show(target.name)}: adapts a tensor of shape {target.shape}; only matrices are supported")
@@ -194,7 +201,7 @@ def _change(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list
     # Stored (out, in), W + B A; by inputs (fan-in-fan-out, embeddings) its transpose, A^T B^T.
     turned = embedding or adapter.fan_in_fan_out
     outputs, inputs = reversed(target.shape) if turned else target.shape
-    rank = a.shape[0] if len(a.shape) == 2 else -1
+    rank = a.shape[0] if len(a.shape) == 2 and a.shape[0] else -1
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         problems.append(
             f"{show(target.name)} {target.shape}: A has shape {a.shape} and B {b.shape}, which do not multiply to it"
@@ -225,7 +232,10 @@ def _matches(pattern: str, module: str) -> bool:
 
 def _scaled(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list[str]) -> Change | None:
     """(IA)3's l is (out, 1), or (1, in) where a module is one of `feedforward_modules`."""
-    factors = parts.parts["ia3_l"]
+    factors = parts.parts.get("ia3_l")
+    if factors is None:
+        problems.append(f"{show(target.name)}: is adapted by {', '.join(parts.parts)}, but peft_type is IA3")
+        return None
     rows, columns = target.shape
     outputs, inputs = (columns, rows) if adapter.fan_in_fan_out else (rows, columns)
     if factors.shape not in ((outputs, 1), (1, inputs)):

@@ -228,6 +228,15 @@ BAD: Mapping[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         r"saved with shape \(8, 24\), the base's is \(9, 24\)",
     ),
     "nothing": ({}, {}, r"changes nothing"),
+    "LoRA that says it is IA3": (both(), {"peft_type": "IA3"}, r"is adapted by lora_A, lora_B, but peft_type is IA3"),
+    "IA3 that says it is LoRA": ({"head.ia3_l": torch.ones(9, 1)}, {}, r"half of a pair is missing: ia3_l"),
+    "rank 0": (
+        {"head.lora_A.weight": torch.ones(0, 24), "head.lora_B.weight": torch.ones(9, 0)},
+        {},
+        r"A has shape \(0, 24\) and B \(9, 0\), which do not multiply",
+    ),
+    "no alpha": (both(), {"lora_alpha": None}, r"alpha None is no number"),
+    "float64": ({n: t.double() for n, t in both().items()}, {}, r"F64 in it or its adapter; only F32, F16 and BF16"),
     "factors of another shape": ({"head.ia3_l": torch.ones(3, 1)}, {"peft_type": "IA3"}, r"l has shape \(3, 1\)"),
 }
 
