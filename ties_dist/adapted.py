@@ -10,8 +10,7 @@ import numpy as np
 
 from ties_dist.errors import CheckpointError
 from ties_dist.header import TensorEntry
-from ties_dist.kernels.loop import DType
-from ties_dist.kernels.values import widened
+from ties_dist.kernels.values import TYPES, widened
 from ties_dist.storage.base import Reader, Span
 from ties_dist.storage.memory import MemorySpan
 
@@ -19,7 +18,6 @@ VIRTUAL = "adapted/"
 """Before a tensor's name: a file that is computed. No file of a checkpoint has a slash in its name."""
 BESIDE = "adapter/"
 """Before the name of a file in the adapter's folder."""
-TYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NORM_ITEMS = 1 << 22
 """Elements read at a time where whole rows are needed."""
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ties_dist.adapted import BESIDE, TYPES, VIRTUAL, AdaptedReader, Change, LowRank, Scaled
+from ties_dist.adapted import BESIDE, VIRTUAL, AdaptedReader, Change, LowRank, Scaled
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.errors import CheckpointError, listing
 from ties_dist.header import TensorEntry, show
+from ties_dist.kernels.values import TYPES
 from ties_dist.models import ADAPTER_CONFIG as CONFIG
 from ties_dist.models import ADAPTER_WEIGHTS as WEIGHTS
 from ties_dist.storage.base import Reader
@@ -53,11 +54,6 @@ class Adapter:
     kind: Literal["LORA", "IA3"]
     config: Mapping[str, Any]
     tensors: Checkpoint
-
-    @property
-    def base_name(self) -> str:
-        """What it says it was trained on."""
-        return str(self.config.get("base_model_name_or_path") or "")
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -123,9 +119,7 @@ def adapt(base: Checkpoint, adapter: Adapter, name: str) -> Checkpoint:
             change = _change(adapter, target, parts, problems)
             if change is not None:
                 changes[tensor] = change
-                tensors[tensor] = TensorEntry(
-                    name=tensor, dtype="F32", shape=target.shape, file=VIRTUAL + tensor, start=0, stop=4 * target.numel
-                )
+                tensors[tensor] = _computed(target)
     if adapter.kind == "IA3":
         _scale_biases(base, tensors, changes)
     if problems:
@@ -171,10 +165,9 @@ def stored_name(name: str, base: Checkpoint) -> str | None:
     """A tensor's name in the checkpoint; models with a head have the body's names behind one more word."""
     if name in base.tensors:
         return name
-    shorter = name.partition(".")[2]
-    longer = [n for n in base.tensors if n.partition(".")[2] == name]
-    if shorter in base.tensors:
+    if (shorter := name.partition(".")[2]) in base.tensors:
         return shorter
+    longer = [n for n in base.tensors if n.partition(".")[2] == name]
     return longer[0] if len(longer) == 1 else None
 
 
@@ -252,9 +245,19 @@ def _scale_biases(base: Checkpoint, tensors: dict[str, TensorEntry], changes: di
         if isinstance(change, Scaled) and change.by_output and bias in base.tensors:
             target = tensors[bias]
             changes[bias] = Scaled(target=target, factors=change.factors, by_row=False, by_output=True)
-            tensors[bias] = TensorEntry(
-                name=bias, dtype="F32", shape=target.shape, file=VIRTUAL + bias, start=0, stop=4 * target.numel
-            )
+            tensors[bias] = _computed(target)
+
+
+def _computed(target: TensorEntry) -> TensorEntry:
+    """A tensor that is computed where it is read, in place of the stored one."""
+    return TensorEntry(
+        name=target.name,
+        dtype="F32",
+        shape=target.shape,
+        file=VIRTUAL + target.name,
+        start=0,
+        stop=4 * target.numel,
+    )
 
 
 def is_of_base(file: str) -> bool:

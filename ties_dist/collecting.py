@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
+from ties_dist.congruence import MERGEABLE
 from ties_dist.errors import NumericError, OutputError, PlanError, RecipeError, StoppedError, listing
 from ties_dist.expert_statistics import ExpertStatistics, Kind, Origin
 from ties_dist.lock import RunLock
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
-
-MERGEABLE = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def collect(
     """
     checkpoint, data, out = Path(checkpoint), Path(data), Path(out)
     catalogue = open_checkpoint(checkpoint, name=checkpoint.name, reader=open_reader)
-    lines, digest = _survey(data, examples)
+    lines, size, digest = _survey(data, examples)
     origin = Origin(
         kind=kind,
         checkpoint=identify(catalogue),
@@ -93,7 +92,7 @@ def collect(
         subject.module.to(device).eval()
         left = [w for w in _wanted(kind, subject, catalogue) if w.tensor not in store.arrays]
         for group in _groups(left, memory_budget):
-            _collect(kind, subject, group, store, data, lines, progress or LogProgress(), stop)
+            _collect(kind, subject, group, store, data, lines, size, progress or LogProgress(), stop)
         if kind == "fisher":  # buffers and frozen tensors: nothing is known of them, and a merge takes the mean
             for name, entry in sorted(catalogue.tensors.items()):
                 if entry.dtype in MERGEABLE and name not in store.arrays:
@@ -129,9 +128,12 @@ def _open_store(out: Path, origin: Origin, *, fresh: bool) -> ExpertStatistics:
     return store
 
 
-def _survey(data: Path, most: int | None) -> tuple[int, str]:
-    """How many examples there are, and a digest of them. Raises RecipeError naming every line that is none."""
-    hashed, count, problems = xxhash.xxh3_128(), 0, []
+def _survey(data: Path, most: int | None) -> tuple[int, int, str]:
+    """How many examples there are, their bytes, and a digest of them.
+
+    Raises RecipeError naming every line that is none.
+    """
+    hashed, count, size, problems = xxhash.xxh3_128(), 0, 0, []
     try:
         with open(data, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -144,14 +146,14 @@ def _survey(data: Path, most: int | None) -> tuple[int, str]:
                 if not good:
                     problems.append(f"line {number}: no JSON object: {line[:60]!r}")
                 hashed.update(line)
-                count += 1
+                count, size = count + 1, size + len(line)
     except OSError as error:
         raise RecipeError(f"--data {data} cannot be read: {error.strerror or error}.") from error
     if problems:
         raise RecipeError(listing(f"--data {data} has lines that are no examples:", problems, limit=20))
     if not count:
         raise RecipeError(f"--data {data} has no examples: one JSON object a line is needed.")
-    return count, hashed.hexdigest()
+    return count, size, hashed.hexdigest()
 
 
 def _examples(data: Path, count: int) -> Iterator[tuple[int, Example]]:
@@ -233,20 +235,20 @@ def _collect(
     store: ExpertStatistics,
     data: Path,
     count: int,
+    size: int,
     progress: Progress,
     stop: threading.Event | None,
 ) -> None:
     import torch
 
-    total = sum(size for size, _ in _examples(data, count))
     name = f"{kind} {len(store.arrays) + 1}-{len(store.arrays) + len(group)}"
     watch = _squares if kind == "fisher" else _products
-    with phase(progress, name, total), torch.set_grad_enabled(kind == "fisher"), watch(subject, group) as (see, sums):
-        for size, example in _examples(data, count):
+    with phase(progress, name, size), torch.set_grad_enabled(kind == "fisher"), watch(subject, group) as (see, sums):
+        for read, example in _examples(data, count):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped; the same command goes on with what is left.")
             see(example)
-            progress.advance(size)
+            progress.advance(read)
         scale = 1 / count if kind == "fisher" else 1.0
         found = {w.tensor: (sums[w.tensor] * scale).to(torch.float32).cpu().numpy() for w in group}
     if bad := [t for t, values in found.items() if not np.isfinite(values).all()]:

@@ -15,14 +15,12 @@ import numpy as np
 
 from ties_dist.errors import CheckpointError
 from ties_dist.kernels.loop import DType
-from ties_dist.kernels.values import loadable, widened
+from ties_dist.kernels.values import TYPES, loadable, widened
 from ties_dist.layout import ITEM_BYTES, Segment
 from ties_dist.planning import Input, MergePlan, Unit
 from ties_dist.storage.base import Reader, Span
 from ties_dist.threshold import KEEP_ALL, KEEP_NONE, Cuts, Histogram, TensorCut, Threshold, Window, resolve
 
-TYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Of mergeable tensors, as a safetensors header has them."""
 SELECT_SLICE = 1 << 22
 """Elements read at a time where a whole tensor is ranked."""
 

@@ -168,7 +168,7 @@ def _merge(
     passes.check_numbers()
     _check_inputs(job, folder, lock)
     _bring_home(folder, passes, publishing=record.publishing)
-    blocks = _blocks(job, passes)
+    blocks, remarks = _blocks(job, passes), passes.remarks
     report = describe(
         job,
         passes.totals,
@@ -185,9 +185,9 @@ def _merge(
         thresholds_from=passes.thresholds_from,
         mispredicted=passes.mispredicted,
         phases=passes.phases,
-        remarks=passes.remarks,
+        remarks=remarks,
     )
-    for remark in passes.remarks:
+    for remark in remarks:
         logger.info("%s", remark)
     companions = companion_files(job.base_path, job.recipe, model_card(job.recipe, report))
     journal.publishing()

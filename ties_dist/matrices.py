@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from ties_dist.counting import TYPES
 from ties_dist.errors import OutputError
-from ties_dist.kernels.values import beyond, narrowed
+from ties_dist.kernels.values import TYPES, beyond, narrowed
 from ties_dist.planning import digest
 from ties_dist.storage.local import output_error, write_durably
 from ties_dist.storage.memory import MemorySpan

@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from ties_dist.adapters import adapt, is_of_base, read_adapter
+from ties_dist.adapters import Adapter, adapt, is_of_base, read_adapter
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.congruence import EqualCheck, MergeSet, compare
 from ties_dist.errors import CheckpointError, RecipeError, listing
 from ties_dist.expert_statistics import ExpertStatistics, how_to_collect, is_statistics
 from ties_dist.kernels.merge import KernelKind
+from ties_dist.kernels.values import TYPES
 from ties_dist.layout import TensorSpec, lay_out
 from ties_dist.methods import known_methods
 from ties_dist.methods.base import Method
@@ -46,7 +47,7 @@ from ties_dist.storage.readers import open_reader
 
 logger = logging.getLogger(__name__)
 
-HEADER_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+HEADER_DTYPES: dict[str, str] = {kind: dtype for dtype, kind in TYPES.items()}
 SAMPLED_PAGES = 16
 """Pages of each file that go into its identity, beside header and size."""
 PAGE_BYTES = 4096
@@ -146,7 +147,7 @@ def assemble(
     )
     base, count = opened[0], len(recipe.experts)
     models = [_input(*each) for each in zip(opened, models_of(recipe), identities, strict=True)]
-    _check_statistics(recipe, method, identities)
+    stores = _statistics(recipe, method, identities)
     # Gram matrices have shapes of their own; whatever else is read looks like the base.
     alike = len(opened) - (count if method.statistics == "gram" else 0)
     merge_set = compare(
@@ -181,7 +182,7 @@ def assemble(
         tensors=specs,
         operands=models[:alike] if method.operand == "delta" else models[1:alike],
     )
-    matrices = _matrices(recipe, specs, merge_set, opened[alike:])
+    matrices = _matrices(specs, stores) if method.statistics == "gram" else {}
     solvers, peak = fit_matrices(
         matrices, budget=resources.memory_budget, threads=resources.thread_count, buffers=buffers
     )
@@ -219,28 +220,27 @@ def assemble(
     )
 
 
-def _check_statistics(recipe: Recipe, method: Method, identities: Sequence[str]) -> None:
-    """Raises CheckpointError where a store is of another kind, or of another checkpoint than its expert."""
-    problems = []
+def _statistics(recipe: Recipe, method: Method, identities: Sequence[str]) -> list[ExpertStatistics]:
+    """The experts' stores, if the method needs any.
+
+    Raises CheckpointError where one is of another kind, or of another checkpoint than its expert.
+    """
+    stores, problems = [], []
     for expert, identity in zip(recipe.experts, identities[1:], strict=False):
         if expert.statistics is not None and method.statistics is not None:
-            store = ExpertStatistics.open(expert.statistics.path)
+            stores.append(store := ExpertStatistics.open(expert.statistics.path))
             if problem := store.check(method.statistics, identity, name=expert.model.text):
                 problems.append(problem)
     if problems:
         raise CheckpointError(listing("statistics that are not of these models:", problems))
+    return stores
 
 
-def _matrices(
-    recipe: Recipe, specs: Sequence[TensorSpec], merge_set: MergeSet, grams: Sequence[Checkpoint]
-) -> dict[str, Matrix]:
+def _matrices(specs: Sequence[TensorSpec], stores: Sequence[ExpertStatistics]) -> dict[str, Matrix]:
     """Tensors that are merged whole: those for which every expert's store has a Gram matrix.
 
     Raises CheckpointError where a matrix does not fit its weight, or none fits any.
     """
-    if not grams:
-        return {}
-    stores = [ExpertStatistics.open(e.statistics.path) for e in recipe.experts if e.statistics]
     problems, matrices = [], {}
     for tensor in specs:
         found = [s.arrays[tensor.source] for s in stores if tensor.source in s.arrays]
@@ -313,13 +313,17 @@ def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) ->
     if is_statistics(path):
         store = ExpertStatistics.open(path)
         return store.as_checkpoint(name), store.identity
-    own = name if adapter is None else path.stem
-    checkpoint = open_checkpoint(path, name=own, reader=lambda place: open_reader(place, backend))
     if adapter is None:
+        checkpoint = open_checkpoint(path, name=name, reader=lambda place: open_reader(place, backend))
         return checkpoint, identify(checkpoint)
-    found = read_adapter(adapter, name, open_reader)
-    parts = [identify(checkpoint), identify(found.tensors), sorted(found.config.items())]
-    return adapt(checkpoint, found, name), digest(repr(parts).encode())
+    base, found = _open_adapted(path, adapter, name, backend)
+    parts = [identify(base), identify(found.tensors), sorted(found.config.items())]
+    return adapt(base, found, name), digest(repr(parts).encode())
+
+
+def _open_adapted(path: Path, adapter: Path, name: str, backend: Backend) -> tuple[Checkpoint, Adapter]:
+    base = open_checkpoint(path, name=path.stem, reader=lambda place: open_reader(place, backend))
+    return base, read_adapter(adapter, name, open_reader)
 
 
 def identify(checkpoint: Checkpoint) -> str:
@@ -431,7 +435,8 @@ def opener(plan: MergePlan, resources: Resources) -> Callable[[Input], Reader]:
             return open_reader(path, backend)
         # The base's pages were read a moment ago, for the base: the page cache has them, direct I/O would ask the disk.
         again = "pread" if backend == "direct" else backend
-        return open_input(path, Path(model.adapter), model.name, again)[0].reader
+        base, adapter = _open_adapted(path, Path(model.adapter), model.name, again)
+        return adapt(base, adapter, model.name).reader
 
     return open_one
 

@@ -219,11 +219,10 @@ def _remove_old(out: OutFolder, keep: set[str], companions: set[str], check: Cal
     shards = sorted([*out.path.glob("*.safetensors.index.json"), *out.path.glob("*.safetensors")])
     old = [out.path / INDEX_NAME, *(path for path in shards if path.name not in keep)]
     old += [out.path / name for name in sorted(out.companions() - companions)]
-    if not (old := [path for path in dict.fromkeys(old) if path.exists() or path.is_symlink()]):
-        sync_folder(out.path)
-        return
     retired = out.retire()
-    for path in old:
+    for path in dict.fromkeys(old):
+        if not (path.exists() or path.is_symlink()):
+            continue
         check()
         with suppress(FileNotFoundError):  # we were replaced meanwhile, as the next check will say
             path.replace(retired / path.name).unlink()

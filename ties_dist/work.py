@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from ties_dist.counting import TYPES, Counter, Observation
+from ties_dist.counting import Counter, Observation
 from ties_dist.kernels.loop import ITEM_BYTES as KERNEL_ITEM_BYTES
 from ties_dist.kernels.loop import DType
 from ties_dist.kernels.merge import KernelKind, MergeKernel
 from ties_dist.kernels.native import KernelStore
-from ties_dist.kernels.values import Slice
+from ties_dist.kernels.values import TYPES, Slice
 from ties_dist.layout import ITEM_BYTES, Segment, TensorSpec
 from ties_dist.matrices import Matrices
 from ties_dist.methods.base import Cut, State

@@ -77,6 +77,15 @@ def ties(lab: Lab, name: str, models: Sequence[str], density: float, lam: float,
     return f"merged/{name}"
 
 
+def compare(
+    claim: Claim, labs: Sequence[Lab], models: Sequence[tuple[str, ...]], over: str, tasks: Sequence[str]
+) -> None:
+    """A row for each model: its words, its score, and its gain over one of them. models: (name, words, ...)."""
+    for model, *words in models:
+        against = gain(labs, model, over, tasks) if model != over else ""
+        claim.rows.append((*words, score(labs, model, tasks), against))
+
+
 def whole_model_against_per_tensor(labs: Sequence[Lab]) -> Claim:
     claim = Claim(
         title="Whole-model against per-tensor trim",
@@ -193,20 +202,18 @@ def methods(labs: Sequence[Lab]) -> Claim:
         swept = lab.sweep("ties", "ties", models, density="0.1,0.2,0.3", **{"lambda": "0.8:2.8:0.4"})
         chosen[f"{lab.seed} ties"] = _best(lab, swept, "ties-validated")
     listed = (
-        ("base", "pretrained", "", "base"),
-        ("averaging", "averaging", "", "merged/averaging"),
-        ("fisher", "Fisher", f"{STATISTICS_EXAMPLES} examples a task", "merged/fisher"),
-        ("regmean", "RegMean", f"{STATISTICS_EXAMPLES} examples a task, alpha 0.9", "merged/regmean"),
-        ("task_arithmetic", "task arithmetic", f"lambda {ARITHMETIC_LAMBDA}", "merged/task_arithmetic"),
-        ("dare_ties", "DARE-TIES", f"density {PAPER_DENSITY}, lambda {ARITHMETIC_LAMBDA}", "merged/dare_ties"),
-        ("ties", "TIES", f"density {PAPER_DENSITY}, lambda {PAPER_LAMBDA:g}", "merged/ties"),
-        ("arithmetic-v", "task arithmetic, validated", "lambda on dev", "merged/task_arithmetic-validated"),
-        ("ties-v", "TIES, validated", "density and lambda on dev", "merged/ties-validated"),
-        ("multitask", "multitask", "trained on all tasks at once", "experts/multitask"),
+        ("base", "pretrained", ""),
+        ("merged/averaging", "averaging", ""),
+        ("merged/fisher", "Fisher", f"{STATISTICS_EXAMPLES} examples a task"),
+        ("merged/regmean", "RegMean", f"{STATISTICS_EXAMPLES} examples a task, alpha 0.9"),
+        ("merged/task_arithmetic", "task arithmetic", f"lambda {ARITHMETIC_LAMBDA}"),
+        ("merged/dare_ties", "DARE-TIES", f"density {PAPER_DENSITY}, lambda {ARITHMETIC_LAMBDA}"),
+        ("merged/ties", "TIES", f"density {PAPER_DENSITY}, lambda {PAPER_LAMBDA:g}"),
+        ("merged/task_arithmetic-validated", "task arithmetic, validated", "lambda on dev"),
+        ("merged/ties-validated", "TIES, validated", "density and lambda on dev"),
+        ("experts/multitask", "multitask", "trained on all tasks at once"),
     )
-    for _, words, settings, model in listed:
-        against = gain(labs, model, "merged/averaging", tasks) if model != "merged/averaging" else ""
-        claim.rows.append((words, settings, score(labs, model, tasks), against))
+    compare(claim, labs, listed, "merged/averaging", tasks)
     plain = gain(labs, "merged/ties", "merged/task_arithmetic", tasks)
     tuned = gain(labs, "merged/ties-validated", "merged/task_arithmetic-validated", tasks)
     claim.rows.append(("TIES against task arithmetic", "without validation", "", plain))
@@ -266,9 +273,8 @@ def held_out(labs: Sequence[Lab]) -> Claim:
         columns=("model", "normalised accuracy on the held-out tasks", "against pretrained"),
     )
     tasks = labs[0].size.held_out
-    for model in ("base", "merged/averaging", "merged/task_arithmetic", "merged/ties"):
-        against = gain(labs, model, "base", tasks) if model != "base" else ""
-        claim.rows.append((model.removeprefix("merged/"), score(labs, model, tasks), against))
+    models = ("base", "merged/averaging", "merged/task_arithmetic", "merged/ties")
+    compare(claim, labs, [(m, m.removeprefix("merged/")) for m in models], "base", tasks)
     difference = gain(labs, "merged/ties", "merged/task_arithmetic", tasks)
     claim.rows.append(("TIES against task arithmetic", "", difference))
     claim.verdict = verdict(difference, expected=1)
@@ -342,9 +348,8 @@ def oracle_signs(labs: Sequence[Lab]) -> Claim:
     tasks = labs[0].size.merged
     for lab in labs:
         ties(lab, "oracle", experts_of(lab), PAPER_DENSITY, PAPER_LAMBDA, elect_from="experts/multitask")
-    for model in ("merged/ties", "merged/oracle", "experts/multitask"):
-        against = gain(labs, model, "merged/ties", tasks) if model != "merged/ties" else ""
-        claim.rows.append((model.partition("/")[2], score(labs, model, tasks), against))
+    models = ("merged/ties", "merged/oracle", "experts/multitask")
+    compare(claim, labs, [(m, m.partition("/")[2]) for m in models], "merged/ties", tasks)
     claim.verdict = verdict(gain(labs, "merged/oracle", "merged/ties", tasks), expected=1)
     return claim
 

@@ -110,7 +110,7 @@ class Lab:
     def load(self, name: str) -> Tensors:
         return load_file(self.path(name) / "model.safetensors")
 
-    def _stamped(self, name: str, made_from: Sequence[Any]) -> bool:
+    def made(self, name: str, made_from: Sequence[Any]) -> bool:
         """Whether a model was made from just this."""
         stamp = self.path(name) / "made_from.json"
         return stamp.exists() and json.loads(stamp.read_text()) == json.loads(json.dumps(made_from))
@@ -124,14 +124,11 @@ class Lab:
         self._stamp(name, made_from)
         return name
 
-    def made(self, name: str, made_from: Sequence[Any]) -> bool:
-        return self._stamped(name, made_from)
-
     def _head(self, task: Task) -> Head:
         made_from = [code_digest(), task_digest(task)]
         name = f"heads/{task.name}"
         file = self.path(name) / "head.safetensors"
-        if not self._stamped(name, made_from):
+        if not self.made(name, made_from):
             head = train_head(self.base, self.tokenizer, task)
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"weight": head.weight, "bias": head.bias}, file)
@@ -144,7 +141,7 @@ class Lab:
         label = tasks[0] if len(tasks) == 1 else "multitask"
         name = f"experts/{label}" if start == "base" else f"experts/{label} from {start.replace('/', '-')}"
         made_from = [code_digest(), [task_digest(self.tasks[t]) for t in tasks], steps, self.seed, self.digest(start)]
-        if not self._stamped(name, made_from):
+        if not self.made(name, made_from):
             began = time.monotonic()
             chosen = [self.tasks[t] for t in tasks]
             tuned = fine_tune(
@@ -157,44 +154,47 @@ class Lab:
 
     def merge(self, name: str, method: str, models: Sequence[str], **recipe: Any) -> dict[str, Any]:
         """Merge by the command line; returns its report. recipe: `parameters`, `ties_dist`, `statistics` by model."""
-        statistics = recipe.pop("statistics", {})
-        document: dict[str, Any] = {
-            "merge_method": method,
-            "base_model": str(self.path("base")),
-            "models": [
-                {"model": str(self.path(m))} | ({"statistics": str(statistics[m])} if m in statistics else {})
-                for m in models
-            ],
-            "dtype": "float32",
-            **recipe,
-        }
-        if oracle := document.get("ties_dist", {}).get("elect_from"):
-            document["ties_dist"] = {**document["ties_dist"], "elect_from": str(self.path(oracle))}
-        file = self.path("recipes") / f"{name.replace('/', '-')}.yml"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(yaml.safe_dump(document, sort_keys=False))
-        out = self.path(f"merged/{name}")
+        file, out = self._recipe(name, method, models, **recipe), self.path(f"merged/{name}")
         return dict(json.loads(self._run(["merge", str(file), str(out), "--json", "--quiet", "--overwrite"])))
 
     def sweep(self, name: str, method: str, models: Sequence[str], **values: str) -> dict[tuple[float, ...], str]:
         """Merges of one read, by value; values: what `ties-dist sweep` takes."""
-        parameters: dict[str, float] = {"density": 0.2} if "density" in values else {}
-        document = {
-            "merge_method": method,
-            "base_model": str(self.path("base")),
-            "models": [{"model": str(self.path(m))} for m in models],
-            "parameters": parameters,
-            "dtype": "float32",
-        }
-        file = self.path("recipes") / f"{name}.yml"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(yaml.safe_dump(document, sort_keys=False))
+        parameters = {"density": 0.2} if "density" in values else {}  # replaced by the sweep's
+        file, out = self._recipe(name, method, models, parameters=parameters), self.path(f"swept/{name}")
         options = [part for key, value in values.items() for part in (f"--{key}", value)]
-        out = self.path(f"swept/{name}")
         done = self._run(["sweep", str(file), str(out), *options, "--json", "--quiet", "--overwrite", "--fresh"])
         return {
             tuple(one["values"].values()): str(Path(one["out"]).relative_to(self.folder)) for one in json.loads(done)
         }
+
+    def _recipe(
+        self,
+        name: str,
+        method: str,
+        models: Sequence[str],
+        *,
+        statistics: Mapping[str, Path] | None = None,
+        ties_dist: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Path:
+        stores = statistics or {}
+        block = dict(ties_dist or {})
+        if "elect_from" in block:
+            block["elect_from"] = str(self.path(block["elect_from"]))
+        document: dict[str, Any] = {
+            "merge_method": method,
+            "base_model": str(self.path("base")),
+            "models": [
+                {"model": str(self.path(m))} | ({"statistics": str(stores[m])} if m in stores else {}) for m in models
+            ],
+            "dtype": "float32",
+            **({"ties_dist": block} if block else {}),
+            **more,
+        }
+        file = self.path("recipes") / f"{name.replace('/', '-')}.yml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(document, sort_keys=False))
+        return file
 
     def collect(self, kind: str, task: str, examples: int) -> Path:
         """The store of an expert's statistics over its own task's examples."""

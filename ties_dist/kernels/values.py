@@ -10,6 +10,8 @@ import numpy as np
 from ties_dist.kernels.loop import ITEM_BYTES, DType
 from ties_dist.methods.base import State
 
+TYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Of mergeable tensors, as a safetensors header has them."""
 STORED: dict[DType, np.dtype] = {
     "float32": np.dtype("<f4"),
     "bfloat16": np.dtype("<u2"),
