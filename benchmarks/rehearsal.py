@@ -36,11 +36,12 @@ from ties_dist.checkpoint import open_checkpoint
 from ties_dist.cli import SIZE
 from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.executors.local import LocalExecutor
+from ties_dist.inputs import identify
 from ties_dist.kernels.native import KernelStore
 from ties_dist.methods import METHODS
 from ties_dist.passes import Forgetful, Passes
 from ties_dist.planning import MergePlan
-from ties_dist.prepare import Job, Resources, assemble, identify
+from ties_dist.prepare import Job, Resources, assemble
 from ties_dist.progress import LogProgress
 from ties_dist.recipe import load_recipe
 from ties_dist.report import peak_rss_bytes

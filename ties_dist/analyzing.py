@@ -23,11 +23,12 @@ from ties_dist.analysis import VERSION, Analysis, Run, advise
 from ties_dist.errors import OutputError, RecipeError, StoppedError
 from ties_dist.executors.base import check_stop
 from ties_dist.executors.local import LocalExecutor
+from ties_dist.inputs import opener
 from ties_dist.kernels.analysis import MOST_EXPERTS
 from ties_dist.layout import ITEM_BYTES
 from ties_dist.methods.base import TrimRule
 from ties_dist.planning import MergePlan, digest
-from ties_dist.prepare import Job, Resources, opener, prepare
+from ties_dist.prepare import Job, Resources, prepare
 from ties_dist.progress import LogProgress, Progress, phase
 from ties_dist.report import peak_rss_bytes
 from ties_dist.scan import nonfinite_error, sample_slices
@@ -144,7 +145,7 @@ def _density(job: Job, asked: float | None) -> float:
 def _measure(job: Job, density: float, store: StatisticsStore, executor: LocalExecutor, progress: Progress) -> Analysis:
     """One read of base and experts, in any order of units."""
     plan = job.plan
-    worker = Worker(plan, opener(plan, job.resources))
+    worker = Worker(plan, opener(plan, job.resources.backend))
     question, source = ask(plan, density, store, worker)
     tally, models = Tally(Signs.empty(len(plan.experts))), len(plan.experts) + 1
     units, step = list(plan.units()), TallyStep(worker, MemoryWriter(), turns=threading.Semaphore(plan.threads))

@@ -16,10 +16,11 @@ import numpy as np
 from ties_dist.engine import run
 from ties_dist.executors.base import Cluster, Executor
 from ties_dist.executors.local import LocalExecutor
+from ties_dist.inputs import opener
 from ties_dist.kernels.merge import KernelKind
 from ties_dist.layout import ITEM_BYTES
 from ties_dist.planning import MergePlan
-from ties_dist.prepare import Job, Resources, opener, prepare
+from ties_dist.prepare import Job, Resources, prepare
 from ties_dist.progress import LogProgress, Progress
 from ties_dist.publish import OutFolder
 from ties_dist.report import MergeReport
@@ -285,7 +286,7 @@ def _free(out: Path) -> int:
 def _sample(job: Job) -> Sample:
     """Thresholds and kept shares as the sampled slices have them, and the time at the rate they were counted."""
     chosen = job.plan
-    worker = Worker(chosen, opener(chosen, job.resources))
+    worker = Worker(chosen, opener(chosen, job.resources.backend))
     rule = chosen.method.trim
     thresholds: list[float | None] = []
     kept: list[float | None] = []

@@ -22,9 +22,9 @@ from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.congruence import MERGEABLE
 from ties_dist.errors import NumericError, OutputError, PlanError, RecipeError, StoppedError, listing
 from ties_dist.expert_statistics import ExpertStatistics, Kind, Origin
+from ties_dist.inputs import identify
 from ties_dist.lock import RunLock
 from ties_dist.planning import readable
-from ties_dist.prepare import identify
 from ties_dist.progress import LogProgress, Progress, phase
 from ties_dist.storage.readers import open_reader
 from ties_dist.subjects import Example, Subject, load_subject

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError, listing
 from ties_dist.executors.base import Executor
+from ties_dist.inputs import stamp_inputs
 from ties_dist.journal import Journal, Record, pack, read_journals
 from ties_dist.lock import Holder, RunLock
 from ties_dist.passes import Passes
 from ties_dist.planning import MergePlan
-from ties_dist.prepare import Job, models_of, stamp_inputs
+from ties_dist.prepare import Job, models_of
 from ties_dist.progress import Noted, Progress, phase
 from ties_dist.publish import OutFolder, companion_files, model_card, publish
 from ties_dist.report import MergeReport, peak_rss_bytes

@@ -19,9 +19,9 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 from ties_dist.errors import CheckpointError
+from ties_dist.inputs import files_of, open_input
 from ties_dist.kernels.native import processor
 from ties_dist.planning import Input, readable
-from ties_dist.prepare import files_of, open_input
 from ties_dist.publish import OutFolder
 from ties_dist.site import Site
 from ties_dist.storage.backends import memory_limit

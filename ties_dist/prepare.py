@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import random
 import resource
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from ties_dist.adapters import Adapter, adapt, is_of_base, read_adapter
-from ties_dist.checkpoint import Checkpoint, open_checkpoint
-from ties_dist.congruence import EqualCheck, MergeSet, compare
+from ties_dist.checkpoint import Checkpoint
+from ties_dist.congruence import MergeSet, compare
 from ties_dist.errors import CheckpointError, RecipeError, listing
-from ties_dist.expert_statistics import ExpertStatistics, how_to_collect, is_statistics
+from ties_dist.expert_statistics import ExpertStatistics, how_to_collect
+from ties_dist.inputs import compare_bytes, open_all, stamp_inputs
 from ties_dist.kernels.merge import KernelKind
 from ties_dist.kernels.values import TYPES
 from ties_dist.layout import TensorSpec, lay_out
 from ties_dist.methods import known_methods
 from ties_dist.methods.base import Method
-from ties_dist.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Location, fetch
+from ties_dist.models import Location, fetch
 from ties_dist.planning import (
     GPU_BYTES,
     PROCESS_BYTES,
@@ -33,25 +30,15 @@ from ties_dist.planning import (
     MergePlan,
     Source,
     TensorNumbers,
-    digest,
     fingerprint,
     fit_matrices,
     fit_unit_bytes,
     readable,
 )
 from ties_dist.recipe import ModelReference, Recipe, layer_depths, load_recipe
-from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
-from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
-from ties_dist.storage.base import Reader
-from ties_dist.storage.readers import open_reader
-
-logger = logging.getLogger(__name__)
+from ties_dist.storage.backends import Backend
 
 HEADER_DTYPES: dict[str, str] = {kind: dtype for dtype, kind in TYPES.items()}
-SAMPLED_PAGES = 16
-"""Pages of each file that go into its identity, beside header and size."""
-PAGE_BYTES = 4096
-COMPARED_AT_ONCE = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +101,7 @@ def prepare(
     methods = known_methods(allow_external=allow_external_methods)
     chosen = load_recipe(recipe, methods=methods, semantics=semantics, root=root, fetch=fetch)
     references = models_of(chosen)
-    opened, identities = _open_all(references, resources.backend)
+    opened, identities = open_all(references, resources.backend)
     return assemble(chosen, opened, identities, resources, max_shard_bytes)
 
 
@@ -289,59 +276,6 @@ def _equal_inputs(models: Sequence[Input], count: int, method: Method) -> list[s
     return notes
 
 
-def _open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[list[Checkpoint], list[str]]:
-    """Checkpoints in the order of the references, each path opened once; all their problems in one error."""
-    known: dict[tuple[Path, Path | None], tuple[Checkpoint, str] | None] = {}
-    problems = []
-    for reference in references:
-        key = reference.path, reference.adapter
-        if key in known:
-            continue
-        try:
-            known[key] = open_input(reference.path, reference.adapter, reference.name, backend)
-        except CheckpointError as error:
-            known[key] = None
-            problems.append(str(error))
-    if problems:
-        raise CheckpointError("\n".join(dict.fromkeys(problems)))
-    found = [pair for r in references if (pair := known[r.path, r.adapter]) is not None]
-    return [checkpoint for checkpoint, _ in found], [identity for _, identity in found]
-
-
-def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) -> tuple[Checkpoint, str]:
-    """The catalogue and the identity of a model, adapted or not, or of statistics. Raises CheckpointError."""
-    if is_statistics(path):
-        store = ExpertStatistics.open(path)
-        return store.as_checkpoint(name), store.identity
-    if adapter is None:
-        checkpoint = open_checkpoint(path, name=name, reader=lambda place: open_reader(place, backend))
-        return checkpoint, identify(checkpoint)
-    base, found = _open_adapted(path, adapter, name, backend)
-    parts = [identify(base), identify(found.tensors), sorted(found.config.items())]
-    return adapt(base, found, name), digest(repr(parts).encode())
-
-
-def _open_adapted(path: Path, adapter: Path, name: str, backend: Backend) -> tuple[Checkpoint, Adapter]:
-    base = open_checkpoint(path, name=path.stem, reader=lambda place: open_reader(place, backend))
-    return base, read_adapter(adapter, name, open_reader)
-
-
-def identify(checkpoint: Checkpoint) -> str:
-    """Names a checkpoint's content without reading it: header digests, sizes and some pages of each file."""
-    parts = []
-    for file in sorted(checkpoint.files):
-        header = checkpoint.files[file]
-        pages = random.Random(f"{header.header_digest}{header.size}")
-        sampled = []
-        for _ in range(SAMPLED_PAGES if header.size > header.data_start else 0):
-            start = pages.randrange(header.data_start, header.size)
-            span = checkpoint.reader.read(file, start, min(start + PAGE_BYTES, header.size))
-            sampled.append(digest(span.view))
-            span.release()
-        parts.append([header.identity, sampled])
-    return digest(repr(parts).encode())
-
-
 def _input(checkpoint: Checkpoint, reference: ModelReference, identity: str) -> Input:
     return Input(
         name=reference.name,
@@ -386,81 +320,3 @@ def _numbers(recipe: Recipe, method: Method, tensors: Sequence[TensorSpec]) -> d
     if failures:
         raise RecipeError(listing("the recipe's numbers do not fit:", list(failures)))
     return numbers
-
-
-def compare_bytes(opened: Sequence[Checkpoint], merge_set: MergeSet) -> None:
-    """Read the few tensors that must be equal (tied heads, non-float tensors). Raises CheckpointError naming all."""
-    problems = [
-        check.message
-        for check in merge_set.equal
-        if not _equal(opened[check.left_model].reader, opened[check.right_model].reader, check)
-    ]
-    if problems:
-        raise CheckpointError(listing("tensors that must be equal are not:", problems))
-
-
-def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
-    a, b = check.left, check.right
-    for start in range(0, a.nbytes, COMPARED_AT_ONCE):
-        size = min(COMPARED_AT_ONCE, a.nbytes - start)
-        one = left.read(a.file, a.start + start, a.start + start + size)
-        other = right.read(b.file, b.start + start, b.start + start + size)
-        same = bytes(one.view) == bytes(other.view)
-        one.release()
-        other.release()
-        if not same:
-            return False
-    return True
-
-
-def opener(plan: MergePlan, resources: Resources) -> Callable[[Input], Reader]:
-    """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so."""
-    models = {m.path: m for m in reversed(plan.models) if m.adapter is None and not is_statistics(Path(m.path))}
-    chosen: dict[str, Backend] = dict.fromkeys(models, resources.backend)
-    if resources.backend == "auto":
-        files = {path: files_of(m) for path, m in models.items()}
-        mapped = sum(sum(file_sizes(listed).values()) for listed in files.values())
-        for path, m in reversed(models.items()):
-            facts = look(files[path], mapped=mapped, reread_bytes=plan.reread_bytes)
-            choice = choose(facts)
-            logger.log(logging.DEBUG if facts.size < SMALL_MODEL else logging.INFO, "reads: '%s' %s", m.name, choice)
-            chosen[path] = choice.backend
-
-    def open_one(model: Input) -> Reader:
-        path = Path(model.path)
-        if is_statistics(path):
-            return ArrayReader(path)
-        backend = chosen.get(model.path, "auto")
-        if model.adapter is None:
-            return open_reader(path, backend)
-        # The base's pages were read a moment ago, for the base: the page cache has them, direct I/O would ask the disk.
-        again = "pread" if backend == "direct" else backend
-        base, adapter = _open_adapted(path, Path(model.adapter), model.name, again)
-        return adapt(base, adapter, model.name).reader
-
-    return open_one
-
-
-def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
-    """Size and modification time of every file that is read, by `model/file`: they change when the file does.
-
-    (-1, -1) for a file that is gone.
-    """
-    stamps = {}
-    for model in models:
-        for file in files_of(model):
-            stamps[f"{model.name}/{file.name}"] = (-1, -1)
-            with suppress(OSError):
-                found = file.stat()
-                stamps[f"{model.name}/{file.name}"] = (found.st_size, found.st_mtime_ns)
-    return stamps
-
-
-def files_of(model: Input) -> list[Path]:
-    """What is read of a model."""
-    path = Path(model.path)
-    if is_statistics(path):
-        return [path / GROUP_FILE]  # written last, with the digests of all arrays
-    names = sorted({source.file for source in model.tensors.values() if is_of_base(source.file)})
-    beside = [Path(model.adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if model.adapter else []
-    return [path, *beside] if path.is_file() else [*(path / name for name in names), *beside]

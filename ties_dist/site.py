@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ties_dist.inputs import opener
 from ties_dist.kernels.native import KernelStore
 from ties_dist.lock import Holder, RunLock
 from ties_dist.matrices import Matrices
 from ties_dist.planning import MergePlan
-from ties_dist.prepare import Resources, opener
+from ties_dist.prepare import Resources
 from ties_dist.publish import OutFolder
 from ties_dist.storage.local import LocalWriter
 from ties_dist.work import MergeStep, Worker
@@ -35,7 +36,7 @@ class Site:
         lock = RunLock(self.folder.state, me=self.holder)
         worker = Worker(
             self.plan,
-            opener(self.plan, self.resources),
+            opener(self.plan, self.resources.backend),
             self.resources.kernel,
             KernelStore(self.resources.kernel_cache),
             gpus,

@@ -13,11 +13,12 @@ from typing import Any, cast
 from ties_dist.document import read_document
 from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDistError, listing
 from ties_dist.executors.local import LocalExecutor
+from ties_dist.inputs import opener
 from ties_dist.journal import unpack
 from ties_dist.matrices import Matrices
 from ties_dist.passes import Forgetful, Passes
 from ties_dist.planning import Unit, readable
-from ties_dist.prepare import Job, Resources, opener, prepare
+from ties_dist.prepare import Job, Resources, prepare
 from ties_dist.progress import Progress, phase
 from ties_dist.publish import RECIPE_COPY, STATE
 from ties_dist.storage.base import BLOCK_BYTES
@@ -188,7 +189,7 @@ def _passes(job: Job, out: Path, progress: Progress) -> Passes:
     """The passes of a merge whose results go nowhere."""
     return Passes(
         plan=job.plan,
-        step=MergeStep(Worker(job.plan, opener(job.plan, job.resources), "eager"), LocalWriter(out)),
+        step=MergeStep(Worker(job.plan, opener(job.plan, job.resources.backend), "eager"), LocalWriter(out)),
         executor=LocalExecutor(job.plan.threads),
         keeper=Forgetful(),
         progress=progress,

@@ -19,8 +19,8 @@ from tests.integration.command import run
 from ties_dist.errors import CheckpointError, NumericError, PlanError, RecipeError, StoppedError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.expert_statistics import ExpertStatistics, Kind, Origin
+from ties_dist.inputs import identify
 from ties_dist.matrices import SolveMatrix
-from ties_dist.prepare import identify
 from ties_dist.storage.readers import open_reader
 
 SHAPES = {

@@ -29,8 +29,9 @@ from ties_dist.errors import LockedError, OutputError, TiesDistError, UnitError
 from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order
+from ties_dist.inputs import opener
 from ties_dist.lock import Holder, RunLock
-from ties_dist.prepare import Job, Resources, opener, prepare
+from ties_dist.prepare import Job, Resources, prepare
 from ties_dist.report import MergeReport
 from ties_dist.site import Site
 from ties_dist.storage.local import LocalWriter
@@ -219,7 +220,7 @@ class World:
             _ = job.stamps
             report = engine.run(job, world.undisturbed(name), executor=LocalExecutor(1), progress=Quiet())
             world.jobs[name] = job, report.output_digest
-            world.workers[name] = Worker(job.plan, opener(job.plan, job.resources))
+            world.workers[name] = Worker(job.plan, opener(job.plan, job.resources.backend))
         return world
 
     def undisturbed(self, name: str) -> Path:

@@ -42,7 +42,19 @@ LAYERS = [
     {"header", "checkpoint", "adapted", "adapters", "expert_statistics", "congruence", "methods", "storage"}
     | {"threshold", "kernels"},
     {"layout", "planning", "counting", "matrices", "work", "tally"},
-    {"progress", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish", "resume"}
+    {
+        "progress",
+        "inputs",
+        "prepare",
+        "executors",
+        "journal",
+        "lock",
+        "statistics",
+        "report",
+        "summary",
+        "publish",
+        "resume",
+    }
     | {"site", "preflight", "analysis"},
     {"scan", "passes", "engine", "verify", "summing"},
     {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "cli", "__main__", "__init__"}

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.conftest import Checkpoints, random_models
-from ties_dist import prepare as preparation
-from ties_dist.prepare import Job, opener, prepare
+from ties_dist import inputs
+from ties_dist.inputs import opener
+from ties_dist.prepare import Job, prepare
 from ties_dist.storage import backends
 from ties_dist.storage.backends import Facts, cached_share, choose, direct_works, look, memory_limit
 from ties_dist.storage.readers import DirectReader, MappedReader, open_reader
@@ -135,7 +136,7 @@ SHAPES = {f"w{i}": (1024, 2048) for i in range(8)}  # 32 MiB of bf16: 64 looks l
 def job(merge_job: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A merge whose models count as large, all of them in the page cache: they were written just now."""
     monkeypatch.setattr(backends, "SMALL_MODEL", 0)
-    monkeypatch.setattr(preparation, "SMALL_MODEL", 0)
+    monkeypatch.setattr(inputs, "SMALL_MODEL", 0)
     models = random_models(SHAPES, experts=2, dtype=torch.bfloat16)
     return prepare(merge_job(models))
 
@@ -150,7 +151,7 @@ def evict_models(job: Job, *names: str) -> None:
 def test_each_model_is_read_by_its_own_choice_and_that_is_said_once(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     evict_models(job, "base", "expert-1")
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        open_input = opener(job.plan, job.resources)
+        open_input = opener(job.plan, job.resources.backend)
         opened = [open_input(model) for model in (*job.plan.models, job.plan.base)]
     assert [type(reader) for reader in opened] == [DirectReader, MappedReader, DirectReader, DirectReader]
     said = [re.sub(r"\d %", "N %", record.getMessage()) for record in caplog.records]
@@ -188,16 +189,16 @@ def test_a_merge_that_reads_twice_in_short_order_is_mapped(
     merge_job: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(backends, "SMALL_MODEL", 0)
-    monkeypatch.setattr(preparation, "SMALL_MODEL", 0)
+    monkeypatch.setattr(inputs, "SMALL_MODEL", 0)
     models = random_models({"w": (64, 64)}, experts=1)
     twice = prepare(merge_job(models, parameters={"density": 0.2, "weight": 1.0}), semantics="mergekit")
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        assert type(opener(twice.plan, twice.resources)(twice.plan.base)) is MappedReader
+        assert type(opener(twice.plan, twice.resources.backend)(twice.plan.base)) is MappedReader
     assert "reads: 'base' by memory map (it is read twice, the second time from the page cache)" in caplog.text
 
 
 def test_of_small_models_nothing_is_said(merge_job: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     small = prepare(merge_job(random_models({"w": (8, 8)}, experts=1)))
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        assert type(opener(small.plan, small.resources)(small.plan.base)) is MappedReader
+        assert type(opener(small.plan, small.resources.backend)(small.plan.base)) is MappedReader
     assert caplog.text == ""
