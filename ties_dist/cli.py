@@ -9,29 +9,22 @@ import gc
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ties_dist.errors import StoppedError, TiesDistError
+from ties_dist.errors import TiesDistError
 from ties_dist.switches import CACHE, CLUSTER, RESOURCES, RUN, SIZE, TALK
+from ties_dist.talk import SIGINT_STATUS, log, progress, say, signals, tell
 
 if TYPE_CHECKING:
-    from ties_dist.progress import Progress
-
-logger = logging.getLogger(__name__)
-
-SIGINT_STATUS = 130
+    pass
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -82,8 +75,8 @@ def merge_command(
     """Merge the models of RECIPE into the folder OUT; resumes an interrupted merge by itself."""
     if options["executor"] != "ray" and (address != "auto" or workers or worker_resource or node_label):
         raise click.UsageError("--address, --workers, --worker-resource and --node-label go with --executor ray.")
-    _log(verbose, quiet)
-    with _signals() as stop:
+    log(verbose, quiet)
+    with signals() as stop:
         from ties_dist.api import merge
         from ties_dist.executors.base import Cluster
 
@@ -97,7 +90,7 @@ def merge_command(
         from ties_dist.tables import merge_table
 
         with redirect_stdout(sys.stderr):  # Ray prints what its nodes say
-            report = merge(recipe, out, stop=stop, progress=_progress(quiet), told=partial(_say, quiet), **options)
+            report = merge(recipe, out, stop=stop, progress=progress(quiet), told=partial(say, quiet), **options)
     if as_json:
         click.echo(report.to_json())
     elif not quiet:
@@ -122,7 +115,7 @@ def submit_command(
 
     Who submits the same again is attached to the job that runs, or resumes where it ended.
     """
-    _log(0, quiet=False)
+    log(0, quiet=False)
     # A misspelt option is found here, not in the log of a job.
     with merge_command.make_context("merge", [str(recipe), str(out), *merge_options]) as parsed:
         if (parsed.params["recipe"], parsed.params["out"]) != (recipe, out):
@@ -175,8 +168,8 @@ def sweep_command(
 
     Each holds what its own merge would write. An interrupted sweep is resumed by the same command.
     """
-    _log(verbose, quiet)
-    with _signals() as stop:
+    log(verbose, quiet)
+    with signals() as stop:
         from ties_dist.sweeping import parse_values, sweep
         from ties_dist.tables import sweep_table
 
@@ -186,8 +179,8 @@ def sweep_command(
             density=parse_values(density, "density") if density else (),
             lam=parse_values(lam, "lambda") if lam else (),
             stop=stop,
-            progress=_progress(quiet),
-            told=partial(_say, quiet),
+            progress=progress(quiet),
+            told=partial(say, quiet),
             **options,
         )
     if as_json:
@@ -205,7 +198,7 @@ def sweep_command(
 @TALK
 def plan_command(recipe: Path, out: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
     """What merging RECIPE will read, write and need, from the checkpoints' headers."""
-    _log(verbose, quiet)
+    log(verbose, quiet)
     from ties_dist.api import plan
     from ties_dist.tables import plan_table
 
@@ -213,7 +206,7 @@ def plan_command(recipe: Path, out: Path | None, as_json: bool, verbose: int, qu
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:
-        _say(quiet, report.notes)
+        say(quiet, report.notes)
         plan_table(report)
 
 
@@ -234,12 +227,12 @@ def analyze_command(
     recipe: Path, out: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any
 ) -> None:  # fmt: skip
     """How the experts of RECIPE differ from their base and from each other, from one read of them."""
-    _log(verbose, quiet)
-    with _signals() as stop:
+    log(verbose, quiet)
+    with signals() as stop:
         from ties_dist.analyzing import analyze, to_json
         from ties_dist.tables import analysis_table
 
-        found = analyze(recipe, out, stop=stop, progress=_progress(quiet), told=partial(_say, quiet), **options)
+        found = analyze(recipe, out, stop=stop, progress=progress(quiet), told=partial(say, quiet), **options)
     if as_json:
         click.echo(to_json(found))
     elif not quiet:
@@ -270,7 +263,7 @@ def verify_command(
     quiet: bool,
 ) -> None:
     """Read OUT again and compare it with its manifest; merge a random sample again and compare."""
-    _log(verbose, quiet)
+    log(verbose, quiet)
     from ties_dist.prepare import Resources
     from ties_dist.verify import summary, verify
 
@@ -279,7 +272,7 @@ def verify_command(
         out,
         sample=sample,
         sha256=sha256,
-        progress=_progress(quiet),
+        progress=progress(quiet),
         resources=resources,
         allow_external_methods=allow_external_methods,
     )
@@ -307,11 +300,11 @@ def verify_command(
 @TALK
 def collect_command(as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
     """Run CHECKPOINT over examples, for what `fisher` and `regmean` have to know of it."""
-    _log(verbose, quiet)
-    with _signals() as stop:
+    log(verbose, quiet)
+    with signals() as stop:
         from ties_dist.collecting import collect
 
-        store = collect(stop=stop, progress=_progress(quiet), **options)
+        store = collect(stop=stop, progress=progress(quiet), **options)
     found = {"kind": store.origin.kind, "arrays": len(store.arrays), "examples": store.origin.examples}
     if as_json:
         click.echo(json.dumps(found | {"store": str(store.path)}, indent=2))
@@ -336,7 +329,7 @@ def methods_command(as_json: bool) -> None:
 @TALK
 def inspect_command(checkpoint: Path, as_json: bool, verbose: int, quiet: bool) -> None:
     """What a checkpoint holds, from its headers."""
-    _log(verbose, quiet)
+    log(verbose, quiet)
     from ties_dist.checkpoint import open_checkpoint
     from ties_dist.storage.readers import open_reader
     from ties_dist.tables import inspect_document, inspect_table
@@ -346,86 +339,6 @@ def inspect_command(checkpoint: Path, as_json: bool, verbose: int, quiet: bool) 
         click.echo(json.dumps(inspect_document(found), indent=2))
     else:
         inspect_table(found)
-
-
-def _say(quiet: bool, notes: Sequence[str]) -> None:
-    for note in () if quiet else notes:
-        _tell(logging.INFO, f"note: {note}")
-
-
-def _tell(level: int, text: str) -> None:
-    """On stderr, in the form of the log."""
-    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
-        logger.log(level, "%s", text)
-    else:
-        click.echo(text, err=True)
-
-
-def _log(verbose: int, quiet: bool) -> None:
-    level = logging.WARNING if quiet else logging.DEBUG if verbose > 1 else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    context = click.get_current_context(silent=True)
-    if context is not None and context.find_root().params.get("log_format") == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonLines())
-    logging.getLogger("ties_dist").setLevel(level)
-
-
-class JsonLines(logging.Formatter):
-    """One object a line: time, level, where, message, and the numbers that a phase tells of itself."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "numbers", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def _progress(quiet: bool) -> Progress:
-    from ties_dist.progress import LogProgress
-
-    if quiet or not sys.stderr.isatty():
-        return LogProgress()
-    from ties_dist.tables import BarProgress
-
-    logging.getLogger("ties_dist.progress").setLevel(logging.WARNING)
-    return BarProgress()
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM end the merge after the unit at hand; a second one ends the process at once."""
-    stop = threading.Event()
-    received: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if received:
-            os._exit(SIGINT_STATUS if number == signal.SIGINT else StoppedError.exit_status)
-        received.append(number)
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    except StoppedError as error:
-        if received[:1] == [signal.SIGINT]:
-            raise Interrupted(str(error)) from None
-        raise
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-class Interrupted(StoppedError):
-    """Stopped by Ctrl-C; resumable all the same."""
-
-    exit_status = SIGINT_STATUS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -445,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(SIGINT_STATUS)
     except TiesDistError as error:
-        _tell(logging.ERROR, f"{type(error).__name__}: {error}")
+        tell(logging.ERROR, f"{type(error).__name__}: {error}")
         sys.exit(error.exit_status)
 
 

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from encoder import Tensors, base_directory, load_tokenizer
+from encoder import BASE_PACKAGE, Tensors, base_directory, load_tokenizer
 from finetune import Head, correct, fine_tune, train_head
 from safetensors.torch import load_file, save_file
 from tasks import Task
@@ -89,7 +90,8 @@ class Lab:
         self.tasks = {task.name: task for task in loaded}
         self.store = self.folder / "scores.json"
         self._scores = json.loads(self.store.read_text()) if self.store.exists() else {}
-        self._write("base", self.base)
+        if not self.made("base", [version(BASE_PACKAGE)]):  # once: merges know their inputs by the time of the file
+            self.make("base", self.base, [version(BASE_PACKAGE)])
         for name, task in self.tasks.items():
             self.heads[name] = self._head(task)
 
