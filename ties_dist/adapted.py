@@ -16,6 +16,10 @@ from ties_dist.storage.memory import MemorySpan
 
 VIRTUAL = "adapted/"
 """Before a tensor's name: a file that is computed. No file of a checkpoint has a slash in its name."""
+SCALED = VIRTUAL
+"""The same, of an adapter's own tensors, times what its scaling gives each."""
+CONSTANT = "constant/"
+"""Before a dtype and a number: a file of any length that repeats it."""
 BESIDE = "adapter/"
 """Before the name of a file in the adapter's folder."""
 NORM_ITEMS = 1 << 22
@@ -47,7 +51,15 @@ class Scaled:
     by_output: bool
 
 
-Change = LowRank | Scaled
+@dataclass(frozen=True, kw_only=True)
+class Multiple:
+    """W times one number."""
+
+    target: TensorEntry
+    factor: float
+
+
+Change = LowRank | Scaled | Multiple
 
 
 @dataclass
@@ -70,6 +82,8 @@ class AdaptedReader:
         return reader.size(name)
 
     def read(self, name: str, start: int, stop: int) -> Span:
+        if name.startswith(CONSTANT):
+            return MemorySpan(view=_repeated(name, start, stop))
         if not name.startswith(VIRTUAL):
             reader, name = self._place(name)
             return reader.read(name, start, stop)
@@ -88,6 +102,8 @@ class AdaptedReader:
 
     def _values(self, tensor: str, change: Change, first: int, last: int) -> np.ndarray:
         """Elements [first, last) of a tensor as adapted, float32."""
+        if isinstance(change, Multiple):
+            return self._elements(change.target, first, last) * np.float32(change.factor)
         from ties_dist.kernels.lowrank import scale  # numba takes half a second to import
 
         if isinstance(change, Scaled):
@@ -145,3 +161,11 @@ class AdaptedReader:
             return np.array(widened(span.view, TYPES[entry.dtype]))
         finally:
             span.release()
+
+
+def _repeated(name: str, start: int, stop: int) -> memoryview:
+    dtype, value = name.removeprefix(CONSTANT).split("/")
+    raw = np.float32(value).tobytes() if dtype == "F32" else np.float16(value).tobytes()
+    raw = np.float32(value).tobytes()[2:] if dtype == "BF16" else raw  # numpy has no bfloat16: the upper half
+    repeated = np.frombuffer(raw * (-(-stop // len(raw)) - start // len(raw)), np.uint8)
+    return repeated.data[start % len(raw) :][: stop - start]

@@ -29,6 +29,7 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l)"
     r"(?:\.(?P<rest>weight|bias))?"
 )
+LORA_A, LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 _UNSUPPORTED = {
     "lora_bias": "a bias of its own in lora_B",
     "use_qalora": "QALoRA",
@@ -204,15 +205,21 @@ def _change(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list
         problems.append(f"{show(target.name)}: DoRA has {magnitude.numel} magnitudes for {outputs} outputs")
         return None
     return LowRank(
-        target=target, a=a, b=b, turned=turned, scaling=_scaling(adapter, parts.module, rank), magnitude=magnitude
+        target=target, a=a, b=b, turned=turned, scaling=scaling(adapter.config, parts.module, rank), magnitude=magnitude
     )
 
 
-def _scaling(adapter: Adapter, module: str, rank: int) -> float:
+def part_of(name: str) -> tuple[str, str] | None:
+    """The module that one of an adapter's tensors belongs to, and as what; None for a weight of the model itself."""
+    match = _PART.fullmatch(name.removeprefix(PREFIX))
+    return (match["module"], match["part"]) if match and match["rest"] != "bias" else None
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r). The rank is the tensors' own; the pattern's alpha wins."""
-    patterns = adapter.config.get("alpha_pattern") or {}
-    alpha = next((v for k, v in patterns.items() if _matches(k, module)), adapter.config.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((v for k, v in patterns.items() if _matches(k, module)), config.get("lora_alpha", 8))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _matches(pattern: str, module: str) -> bool:

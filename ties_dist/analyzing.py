@@ -129,7 +129,7 @@ def _usable(folder: Path) -> Path:
 def _density(job: Job, asked: float | None) -> float:
     """Of the figures. Raises RecipeError also where there are no deltas to measure."""
     recipe, plan = job.recipe, job.plan
-    if recipe.base is None:
+    if recipe.base is None and recipe.options.output == "model":
         raise RecipeError("an analysis is of deltas, and this recipe has no `base_model`: name the experts' base.")
     if len(plan.experts) > MOST_EXPERTS:
         raise RecipeError(f"an analysis takes up to {MOST_EXPERTS} experts; this recipe has {len(plan.experts)}.")

@@ -179,6 +179,11 @@ def _read_models(draft: Draft) -> None:
     takes_deltas = draft.spec is not None and draft.spec.operand == "delta"
     if (base := draft.document.get("base_model")) is not None:
         draft.base = _locate(draft, base, "base_model")
+        if draft.options.output == "adapter":
+            draft.base = None
+            draft.notes.append("base_model is not read: adapters are merged with each other, into an adapter.")
+    elif draft.options.output == "adapter":
+        pass
     elif takes_deltas:
         draft.problems.append(f"base_model: missing; {draft.method} merges differences to a base")
     if draft.options.elect_from is not None:
@@ -190,6 +195,8 @@ def _read_models(draft: Draft) -> None:
     if entries is not None and not isinstance(entries, (list, tuple)):
         draft.problems.append(f"models: must be a list of entries with a `model` key, found {short(entries)}")
         return
+    if draft.options.output == "adapter" and draft.spec and draft.spec.statistics:
+        draft.problems.append(f"ties_dist.output: {draft.method} needs statistics of models; adapters have none")
     before = len(draft.problems)
     for i, entry in enumerate(entries or ()):
         _read_model(draft, entry, f"models[{i}]", drop_base=takes_deltas)
@@ -253,7 +260,8 @@ def _locate(draft: Draft, value: object, where: str) -> Location | None:
         return None
     found = locate(text, draft.roots, where)
     if isinstance(found, Location):
-        return found
+        alone = draft.options.output == "adapter" and found.adapter is not None
+        return replace(found.adapter, where=where) if alone and found.adapter else found
     draft.problems.append(f"{where}: {found}")
     return None
 

@@ -190,7 +190,7 @@ def _merge(
     )
     for remark in remarks:
         logger.info("%s", remark)
-    companions = companion_files(job.base_path, job.recipe, model_card(job.recipe, report))
+    companions = companion_files(job.base_path, job.recipe, model_card(job.recipe, report), job.companions)
     journal.publishing()
     journal.commit()
     origin = {

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ties_dist.adapter_merging import open_alone
 from ties_dist.adapters import Adapter, adapt, is_of_base, read_adapter
 from ties_dist.checkpoint import Checkpoint, open_checkpoint
 from ties_dist.congruence import EqualCheck, MergeSet
 from ties_dist.errors import CheckpointError, listing
 from ties_dist.expert_statistics import ExpertStatistics, is_statistics
-from ties_dist.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference
+from ties_dist.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
 from ties_dist.planning import Input, MergePlan, digest
 from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
 from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
@@ -48,10 +49,16 @@ def open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[li
 
 
 def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) -> tuple[Checkpoint, str]:
-    """The catalogue and the identity of a model, adapted or not, or of statistics. Raises CheckpointError."""
+    """The catalogue and the identity of a model, adapted or not, of an adapter or of statistics.
+
+    Raises CheckpointError.
+    """
     if is_statistics(path):
         store = ExpertStatistics.open(path)
         return store.as_checkpoint(name), store.identity
+    if adapter is None and is_adapter(path):
+        alone = read_adapter(path, name, open_reader)
+        return open_alone(alone, name), digest(repr([identify(alone.tensors), sorted(alone.config.items())]).encode())
     if adapter is None:
         checkpoint = open_checkpoint(path, name=name, reader=lambda place: open_reader(place, backend))
         return checkpoint, identify(checkpoint)
@@ -108,7 +115,7 @@ def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
 
 def opener(plan: MergePlan, backend: Backend) -> Callable[[Input], Reader]:
     """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so."""
-    models = {m.path: m for m in reversed(plan.models) if m.adapter is None and not is_statistics(Path(m.path))}
+    models = {m.path: m for m in reversed(plan.models) if m.adapter is None and _is_model(Path(m.path))}
     chosen: dict[str, Backend] = dict.fromkeys(models, backend)
     if backend == "auto":
         files = {path: files_of(m) for path, m in models.items()}
@@ -123,6 +130,8 @@ def opener(plan: MergePlan, backend: Backend) -> Callable[[Input], Reader]:
         path = Path(model.path)
         if is_statistics(path):
             return ArrayReader(path)
+        if model.adapter is None and is_adapter(path):
+            return open_alone(read_adapter(path, model.name, open_reader), model.name).reader
         best = chosen.get(model.path, "auto")
         if model.adapter is None:
             return open_reader(path, best)
@@ -132,6 +141,10 @@ def opener(plan: MergePlan, backend: Backend) -> Callable[[Input], Reader]:
         return adapt(base, adapter, model.name).reader
 
     return open_one
+
+
+def _is_model(path: Path) -> bool:
+    return not (is_statistics(path) or is_adapter(path))
 
 
 def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
@@ -154,6 +167,9 @@ def files_of(model: Input) -> list[Path]:
     path = Path(model.path)
     if is_statistics(path):
         return [path / GROUP_FILE]  # written last, with the digests of all arrays
+    applied = Path(model.adapter) if model.adapter else path if is_adapter(path) else None
+    beside = [applied / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if applied else []
+    if applied == path:
+        return beside
     names = sorted({source.file for source in model.tensors.values() if is_of_base(source.file)})
-    beside = [Path(model.adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if model.adapter else []
     return [path, *beside] if path.is_file() else [*(path / name for name in names), *beside]

@@ -113,11 +113,18 @@ class Layout:
         return json.dumps(document, indent=2) + "\n"
 
 
-def lay_out(tensors: Sequence[TensorSpec], shard_of: Mapping[str, str], max_shard_bytes: int | None = None) -> Layout:
+def lay_out(
+    tensors: Sequence[TensorSpec],
+    shard_of: Mapping[str, str],
+    max_shard_bytes: int | None = None,
+    *,
+    single: str = SINGLE_NAME,
+) -> Layout:
     """Assign tensors to shards: as the base has them, or greedily by name up to `max_shard_bytes` of tensor data.
 
     tensors: sorted by name. shard_of: the base's file for each tensor. A tensor larger than the limit gets a shard
-    of its own. File names are the base's where they are usable, else `model-00001-of-0000N.safetensors`.
+    of its own. File names are the base's where they are usable, else `model-00001-of-0000N.safetensors`; `single` is
+    the name of an only shard.
     """
     groups: list[list[TensorSpec]] = []
     names: list[str] = []
@@ -138,7 +145,7 @@ def lay_out(tensors: Sequence[TensorSpec], shard_of: Mapping[str, str], max_shar
             room -= tensor.nbytes
     count = len(groups)
     if count == 1:
-        names = [SINGLE_NAME]
+        names = [single]
     elif not _numbered(names, count):
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     return Layout(shards=tuple(_shard(name, group) for name, group in zip(names, groups, strict=True)))

@@ -33,9 +33,10 @@ class Options(BaseModel):
     exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     vocab: Literal["error", "truncate"] = "error"
     non_float: Literal["error", "base"] = "error"
+    output: Literal["model", "adapter"] = "model"
 
 
-COMMON_OPTIONS = frozenset(("semantics", "exclude", "vocab", "non_float"))
+COMMON_OPTIONS = frozenset(("semantics", "exclude", "vocab", "non_float", "output"))
 """Those that every method understands."""
 
 PRESETS: Mapping[Semantics, Mapping[str, object]] = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+from ties_dist.adapter_merging import align, merged_config, on_factors
 from ties_dist.checkpoint import Checkpoint
 from ties_dist.congruence import MergeSet, compare
 from ties_dist.errors import CheckpointError, RecipeError, listing
@@ -17,10 +18,10 @@ from ties_dist.expert_statistics import ExpertStatistics, how_to_collect
 from ties_dist.inputs import compare_bytes, open_all, stamp_inputs
 from ties_dist.kernels.merge import KernelKind
 from ties_dist.kernels.values import TYPES
-from ties_dist.layout import TensorSpec, lay_out
+from ties_dist.layout import SINGLE_NAME, TensorSpec, lay_out
 from ties_dist.methods import known_methods
 from ties_dist.methods.base import Method
-from ties_dist.models import Location, fetch
+from ties_dist.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Location, fetch
 from ties_dist.planning import (
     GPU_BYTES,
     PROCESS_BYTES,
@@ -73,6 +74,8 @@ class Job:
     notes: tuple[str, ...]
     resources: Resources
     max_shard_bytes: int | None
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of the output that are made, not copied."""
 
     @cached_property
     def stamps(self) -> Mapping[str, tuple[int, int]]:
@@ -132,6 +135,11 @@ def assemble(
         {**recipe.options.model_dump(), "elect_from": recipe.elect_from},
         {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
     )
+    companions, into_adapter = {}, recipe.options.output == "adapter"
+    if into_adapter:
+        companions[ADAPTER_CONFIG] = merged_config(opened[1:])
+        opened = align(opened[1:])
+        identities = [opened[0].name, *identities[1:]]
     base, count = opened[0], len(recipe.experts)
     models = [_input(*each) for each in zip(opened, models_of(recipe), identities, strict=True)]
     stores = _statistics(recipe, method, identities)
@@ -157,7 +165,10 @@ def assemble(
         )
         for t in merge_set.tensors
     ]
-    layout = lay_out(specs, {name: entry.file for name, entry in base.tensors.items()}, max_shard_bytes)
+    shard_of = {name: ADAPTER_WEIGHTS if into_adapter else entry.file for name, entry in base.tensors.items()}
+    # peft reads adapters of one file.
+    shard_bytes, single = (None, ADAPTER_WEIGHTS) if into_adapter else (max_shard_bytes, SINGLE_NAME)
+    layout = lay_out(specs, shard_of, shard_bytes, single=single)
     unit_bytes, buffers = fit_unit_bytes(
         asked=resources.unit_bytes,
         budget=resources.memory_budget,
@@ -204,6 +215,7 @@ def assemble(
         ),
         max_shard_bytes=max_shard_bytes,
         resources=resources,
+        companions=companions,
     )
 
 
@@ -302,7 +314,8 @@ def _numbers(recipe: Recipe, method: Method, tensors: Sequence[TensorSpec]) -> d
     if problems:
         raise RecipeError(listing("filters that match nothing:", problems, "Correct or remove them."))
     depths = layer_depths(merged)
-    varies = any(setting.constant is None for setting in settings)
+    by_tensor = recipe.options.output == "adapter"
+    varies = by_tensor or any(setting.constant is None for setting in settings)
     numbers: dict[str, TensorNumbers] = {}
     failures: dict[str, None] = {}
     for name in merged:
@@ -314,6 +327,8 @@ def _numbers(recipe: Recipe, method: Method, tensors: Sequence[TensorSpec]) -> d
                 parameters={k: s.at(name, depths[name]) for k, s in recipe.parameters.items()},
                 experts=tuple({k: s.at(name, depths[name]) for k, s in e.parameters.items()} for e in recipe.experts),
             )
+            if by_tensor:
+                numbers[name] = on_factors(numbers[name], name)
             method.check(numbers[name].experts)
         except (RecipeError, ValueError) as error:
             failures[str(error)] = None

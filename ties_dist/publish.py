@@ -18,7 +18,7 @@ from typing import Any
 
 from ties_dist.errors import OutputError
 from ties_dist.layout import INDEX_NAME, Layout, OutputShard
-from ties_dist.models import ModelReference
+from ties_dist.models import ADAPTER_CONFIG, ModelReference
 from ties_dist.recipe import Recipe
 from ties_dist.report import MergeReport
 from ties_dist.storage.local import output_error, partial_name, sync_folder, write_durably
@@ -149,7 +149,7 @@ class OutFolder:
     def companions(self) -> set[str]:
         """Files that the model here brought along. Nothing but the names that we give is believed."""
         listed = self._manifest().get("companions")
-        ours = rf"{COMPANIONS}|{re.escape(CARD)}|{re.escape(RECIPE_COPY)}"
+        ours = "|".join((COMPANIONS, *map(re.escape, (CARD, RECIPE_COPY, ADAPTER_CONFIG))))
         return (
             {n for n in listed if isinstance(n, str) and "/" not in n and re.fullmatch(ours, n)}
             if isinstance(listed, list)
@@ -231,8 +231,8 @@ def _remove_old(out: OutFolder, keep: set[str], companions: set[str], check: Cal
     retired.rmdir()
 
 
-def companion_files(base: Path, recipe: Recipe, card: str) -> dict[str, bytes]:
-    """What stands beside the weights: the base's companions, the resolved recipe and the model card."""
+def companion_files(base: Path, recipe: Recipe, card: str, made: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What stands beside the weights: the base's companions, the resolved recipe, the model card and what was made."""
     files: dict[str, bytes] = {}
     if base.is_dir():
         for path in sorted(base.iterdir()):
@@ -243,7 +243,7 @@ def companion_files(base: Path, recipe: Recipe, card: str) -> dict[str, bytes]:
     note = "# The resolved recipe. Model paths are as they were written: relative to the folder of the original.\n"
     files[RECIPE_COPY] = (note + recipe.to_yaml()).encode()
     files[CARD] = card.encode()
-    return files
+    return {**files, **made}
 
 
 def with_dtype(config: bytes, dtype: str) -> bytes:
@@ -256,8 +256,9 @@ def model_card(recipe: Recipe, report: MergeReport) -> str:
     models = [*([recipe.base] if recipe.base else []), *(e.model for e in recipe.experts)]
     lines = ["---", "base_model:"]
     lines += [f"- {json.dumps(name)}" for name in dict.fromkeys(_public_name(m) for m in models)]
-    lines += ["library_name: transformers", "tags:", "- merge", "- ties_dist", f"- {recipe.method}", "---", ""]
-    lines += ["# Merged model", "", f"Merged with ties_dist by `{recipe.method}`", ""]
+    library = "peft" if recipe.options.output == "adapter" else "transformers"
+    lines += [f"library_name: {library}", "tags:", "- merge", "- ties_dist", f"- {recipe.method}", "---", ""]
+    lines += [f"# Merged {recipe.options.output}", "", f"Merged with ties_dist by `{recipe.method}`", ""]
     lines[-2] += f" (semantics `{report.semantics}`)." if report.method == "ties" else "."
     if any(e.kept_fraction is not None for e in report.experts):
         lines += ["| expert | weight | density | kept | threshold |", "|---|---|---|---|---|"]

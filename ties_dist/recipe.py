@@ -116,6 +116,7 @@ class Recipe:
     def _options(self) -> dict[str, object]:
         """The options that this method understands and that are in force; `elect` is not beside `elect_from`."""
         apart = {"exclude", "elect_from"} | ({"elect"} if self.elect_from else set())
+        apart |= {"output"} if self.options.output == "model" else set()  # fingerprints as before there was a choice
         understood = (self.spec.options | COMMON_OPTIONS) - apart
         return {name: value for name, value in self.options.model_dump().items() if name in understood}
 
@@ -171,7 +172,9 @@ def _misplaced(location: Location, draft: Draft, paths: Mapping[Location, Path])
             yield f"{said}: an adapter of an adapter; merge the first into its base"
     if location == draft.base and (adapter or location.adapter is not None):
         yield f"{said} is an adapter; name the model that it adapts"
-    elif adapter and location.adapter is None and draft.base is None:
+    elif draft.options.output == "adapter" and not adapter:
+        yield f"{said} is no PEFT adapter (no adapter_config.json), and `output: adapter` merges nothing else"
+    elif adapter and location.adapter is None and draft.base is None and draft.options.output == "model":
         yield f"{said} is an adapter; name its base_model, or write it as model+adapter"
 
 

@@ -302,3 +302,144 @@ def test_the_command_line_knows_adapters(
         "already done"
         in run(capsys, "merge", recipe, tmp_path / "out").err + run(capsys, "merge", recipe, tmp_path / "out").out
     )
+
+
+# --- merged with each other, into an adapter
+
+
+def write_merge(root: Path, *models: str, method: str = "ties", **top: Any) -> Path:
+    block = {"output": "adapter"} | top.pop("ties_dist", {})
+    document = {"merge_method": method, "models": [{"model": m} for m in models], "ties_dist": block, **top}
+    path = root / "recipe.yml"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_ia3_ties_by_hand(tmp_path: Path) -> None:
+    """Deltas to ones, in eighths: (4, -2, 1, 0) and (-2, -4, 1, 1). At density 1/4 the third smallest of all four
+    is the threshold, 2 in both, whatever the tensor: (4, -2, 0, 0) and (-2, -4, 0, 0) are kept. The sums are 2 and -6:
+    + elects 4, - the mean of -2 and -4."""
+    for name, deltas in (("one", [4, -2, 1, 0]), ("two", [-2, -4, 1, 1])):
+        factors = 1 + torch.tensor(deltas) / 8
+        tensors = {"k.ia3_l": factors[:2].reshape(2, 1), "v.ia3_l": factors[2:].reshape(2, 1)}
+        write_adapter(tmp_path / name, tensors, peft_type="IA3", target_modules=["k", "v"], feedforward_modules=[])
+    path = write_merge(tmp_path, "one", "two", parameters={"density": 0.25})
+    report = ties_dist.merge(path, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found["base_model.model.k.ia3_l"].flatten().tolist() == [1 + 4 / 8, 1 - 3 / 8]
+    assert found["base_model.model.v.ia3_l"].flatten().tolist() == [1, 1]
+    assert [e.threshold for e in report.experts] == [2 / 8, 2 / 8]
+
+
+def test_lora_means_by_hand_where_scalings_differ(tmp_path: Path) -> None:
+    """alpha / r is 4 and 1, so A and B count double in the first; the scaling of the output is 1."""
+    for name, alpha, value in (("one", 8, 1.0), ("two", 2, 3.0)):
+        tensors = {"q.lora_A.weight": torch.full((2, 3), value), "q.lora_B.weight": torch.full((4, 2), -value)}
+        write_adapter(tmp_path / name, tensors, lora_alpha=alpha, target_modules=["q"])
+    ties_dist.merge(write_merge(tmp_path, "one", "two", method="linear"), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found["base_model.model.q.lora_A.weight"].tolist() == [[2.5] * 3] * 2  # (2 * 1 + 1 * 3) / 2
+    assert found["base_model.model.q.lora_B.weight"].tolist() == [[-2.5] * 2] * 4
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 2, ["q"])
+
+
+def test_one_setting_is_kept_and_so_are_the_stored_bytes(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", both(), target_modules=["q"], lora_alpha=7)
+    ties_dist.merge(write_merge(tmp_path, "one", method="linear"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["target_modules"]) == (7, ["q"])
+    for name, tensor in load_file(tmp_path / "one" / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "out" / "adapter_model.safetensors")[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_constants_have_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A mean with an adapter that lacks a module: half of it, and ones where (IA)3 has nothing."""
+    one, two = torch.full((4, 1), 1.5, dtype=dtype), torch.full((3, 1), 0.5, dtype=dtype)
+    write_adapter(tmp_path / "one", {"k.ia3_l": one}, peft_type="IA3", target_modules=["k"], feedforward_modules=[])
+    write_adapter(tmp_path / "two", {"v.ia3_l": two}, peft_type="IA3", target_modules=["v"], feedforward_modules=[])
+    ties_dist.merge(write_merge(tmp_path, "one", "two", method="linear"), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found["base_model.model.k.ia3_l"].dtype == dtype
+    assert found["base_model.model.k.ia3_l"].flatten().tolist() == [1.25] * 4
+    assert found["base_model.model.v.ia3_l"].flatten().tolist() == [0.75] * 3
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["k", "v"]
+
+
+def test_a_recipe_of_a_model_merge_needs_one_key_more(base: dict[str, Tensor], tmp_path: Path) -> None:
+    """base_model and model+adapter may stay; the base is not even opened."""
+    for i, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / name, both(i), target_modules=["q"])
+    outs = []
+    for named in (("one", "two"), ("base+one", "base+two")):
+        path = write_merge(tmp_path, *named, base_model="base", parameters={"density": 0.5})
+        outs.append(ties_dist.merge(path, tmp_path / f"out-{len(outs)}"))
+    assert outs[0].output_digest == outs[1].output_digest
+    card = (tmp_path / "out-0" / "README.md").read_text()
+    assert "library_name: peft" in card
+
+
+def test_a_merged_adapter_is_an_expert_and_is_verified(
+    base: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / name, both(i), target_modules=["q"])
+    path = write_merge(tmp_path, "one", "two", parameters={"density": 0.5})
+    assert run(capsys, "plan", path).status == 0
+    assert run(capsys, "analyze", path, "--json").document["experts"]
+    assert run(capsys, "merge", path, tmp_path / "out").status == 0
+    assert run(capsys, "verify", tmp_path / "out", "--sample", "1.0").status == 0
+    assert run(capsys, "merge", path, tmp_path / "out", "--json").status == 0
+    ties_dist.merge(write_recipe(tmp_path, "out"), tmp_path / "model")
+    assert merged(tmp_path / "model").keys() == base.keys()
+
+
+def test_adapter_merges_do_not_depend_on_the_cut(tmp_path: Path) -> None:
+    for i, name in enumerate(("one", "two", "three")):
+        write_adapter(
+            tmp_path / name,
+            lora("q", 2048, 1024, 128, seed=i),
+            lora_alpha=4 if i else 9,
+            r=128,
+            target_modules=["q"],
+        )
+    path = write_merge(tmp_path, "one", "two", "three", parameters={"density": 0.3})
+    digests = {
+        ties_dist.merge(
+            path, tmp_path / "out", threads=threads, unit_size=unit, kernel=kernel, fresh=True
+        ).output_digest
+        for threads, unit, kernel in ((1, 1 << 20, "eager"), (2, 1 << 20, "auto"), (2, None, "auto"))
+    }
+    assert len(digests) == 1
+
+
+UNMERGEABLE: Mapping[str, tuple[dict[str, Any], str]] = {
+    "kind": ({"tensors": {"layers.0.q.ia3_l": torch.ones(40, 1)}, "peft_type": "IA3"}, "one is LORA, two is IA3"),
+    "dora": ({"tensors": both(1), "use_dora": True}, "'two' is a DoRA"),
+    "saved": ({"tensors": both(1) | {"head.weight": torch.ones(9, 24)}}, "head.weight"),
+    "rank": ({"tensors": lora("layers.0.q", 40, 24, 3)}, "(2, 24) in 'one', (3, 24) in 'two'"),
+    "type": ({"tensors": {n: t.double() for n, t in both(1).items()}}, "F64"),
+}
+
+
+@pytest.mark.parametrize("what", UNMERGEABLE)
+def test_adapters_that_do_not_fit_together_are_refused(what: str, tmp_path: Path) -> None:
+    config, message = UNMERGEABLE[what]
+    write_adapter(tmp_path / "one", both(), target_modules=["q"])
+    write_adapter(tmp_path / "two", **config)
+    with pytest.raises(CheckpointError) as caught:
+        ties_dist.merge(write_merge(tmp_path, "one", "two", parameters={"density": 0.5}), tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_adapters_are_merged_into_an_adapter(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", both())
+    with pytest.raises(RecipeError, match=r"models\[1\].*'base' is no PEFT adapter"):
+        ties_dist.merge(write_merge(tmp_path, "one", "base", parameters={"density": 0.5}), tmp_path / "out")
+    with pytest.raises(RecipeError, match="fisher needs statistics of models; adapters have none"):
+        ties_dist.merge(write_merge(tmp_path, "one", method="fisher"), tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"output.*adaptor.*adapter"):
+        path = write_merge(tmp_path, "one", ties_dist={"output": "adaptor"})
+        ties_dist.merge(path, tmp_path / "out")

@@ -42,7 +42,19 @@ LAYERS = [
     {"header", "checkpoint", "adapted", "adapters", "expert_statistics", "congruence", "methods", "storage"}
     | {"threshold", "kernels"},
     {"layout", "planning", "counting", "matrices", "work", "tally"},
-    {"progress", "inputs", "prepare", "executors", "journal", "lock", "statistics", "report", "summary", "publish"}
+    {
+        "progress",
+        "adapter_merging",
+        "inputs",
+        "prepare",
+        "executors",
+        "journal",
+        "lock",
+        "statistics",
+        "report",
+        "summary",
+        "publish",
+    }
     | {"resume", "site", "preflight", "analysis"},
     {"scan", "passes", "engine", "verify", "summing"},
     {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "talk", "cli", "__main__"}
