@@ -34,13 +34,15 @@ simulate: .venv/installed
 drill-ray: .venv/installed
 	$(BIN)/python -m tests.drills.ray_drill --runs 200 --report
 
-# The paper's claims on MiniLM and twelve text tasks: quick, some 15 minutes on two quiet cores; the whole takes hours.
+# The paper's claims, on twelve text tasks and (the whole) on twelve of images; the whole takes hours on two cores.
 paper-quick: .venv/installed
 	$(BIN)/python $(PIP) --editable '.[demo,paper]'
 	$(BIN)/python -m benchmarks.paper.run --quick --report
 
+# Of trdg the fonts are wanted; what it depends on draws documents.
 paper: .venv/installed
 	$(BIN)/python $(PIP) --editable '.[demo,paper]'
+	$(BIN)/python $(PIP) --no-deps trdg
 	$(BIN)/python -m benchmarks.paper.run --report
 
 # Against mergekit on TinyLlama-1.1B shapes, with the ceiling measured in the same run; needs 14 GB of disk.

@@ -158,8 +158,8 @@ def _modules(opened: Sequence[Checkpoint], *, inputs_only: bool) -> list[str]:
 
 
 def _rank(entry: TensorEntry, part: str) -> int:
-    """A is (r, in), B is (out, r)."""
-    shape = entry.shape if len(entry.shape) == 2 else (1, 1)
+    """A is (r, in, ...), B is (out, r, ...)."""
+    shape = (*entry.shape, 1, 1)
     return max(1, shape[0] if part in LORA_A else shape[1])
 
 

@@ -14,21 +14,20 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from encoder import BASE_PACKAGE, Tensors, base_directory, load_tokenizer
-from finetune import Head, correct, fine_tune, train_head
+from finetune import Head, fit_head, label_tensor
 from safetensors.torch import load_file, save_file
 from tasks import Task
 
-from benchmarks.paper import ROOT, text_tasks
-
-COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-CODE = ("encoder.py", "finetune.py", "tasks.py")
+import ties_dist
+from benchmarks.paper import ROOT, peft_experts
+from benchmarks.paper.domain import Domain
+from benchmarks.paper.peft_experts import Kind, Tensors
+from ties_dist.report import MergeReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +36,10 @@ class Size:
 
     name: str
     seeds: tuple[int, ...]
-    merged: tuple[str, ...]
-    held_out: tuple[str, ...]
     slices: Mapping[str, int]
     steps: int
-    restarts: tuple[str, ...]
-    """Tasks that a merge of the others is a start for."""
+    restarts: int
+    """Of how many tasks: fine-tunings that start from a merge of the others."""
     subsets: int
     """Draws of experts per number of tasks."""
 
@@ -50,21 +47,17 @@ class Size:
 QUICK = Size(
     name="quick",
     seeds=(0,),
-    merged=tuple(text_tasks.MERGED),
-    held_out=tuple(text_tasks.HELD_OUT),
-    slices={"test": 300, "probe": 300, "dev": 160, "tune": 3200},
-    steps=80,
-    restarts=("kind", "docstring"),
+    slices={"test": 240, "probe": 300, "dev": 120, "tune": 3200},
+    steps=60,
+    restarts=2,
     subsets=1,
 )
 FULL = Size(
     name="full",
     seeds=(0, 1, 2),
-    merged=tuple(text_tasks.MERGED),
-    held_out=tuple(text_tasks.HELD_OUT),
-    slices={"test": 400, "probe": 300, "dev": 240, "tune": 3200},
-    steps=200,
-    restarts=tuple(text_tasks.MERGED),
+    slices={"test": 400, "probe": 300, "dev": 160, "tune": 3200},
+    steps=100,
+    restarts=4,
     subsets=4,
 )
 
@@ -73,6 +66,7 @@ FULL = Size(
 class Lab:
     """One seed's models. A seed draws the slices and the order of the examples."""
 
+    domain: Domain
     size: Size
     seed: int
     build: Path
@@ -81,17 +75,16 @@ class Lab:
     _scores: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder = self.build / self.size.name / f"seed-{self.seed}"
+        self.folder = self.build / self.domain.name / self.size.name / f"seed-{self.seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = load_tokenizer(base_directory())
-        self.base: Tensors = load_file(base_directory() / "model.safetensors")
-        names = (*self.size.merged, *self.size.held_out)
-        loaded = text_tasks.load(names, dict(self.size.slices), self.seed)
-        self.tasks = {task.name: task for task in loaded}
+        self.base = self.domain.base(self.build)
+        names = (*self.domain.merged, *self.domain.held_out)
+        self.tasks = {task.name: task for task in self.domain.load_tasks(names, self.size.slices, self.seed)}
         self.store = self.folder / "scores.json"
         self._scores = json.loads(self.store.read_text()) if self.store.exists() else {}
-        if not self.made("base", [version(BASE_PACKAGE)]):  # once: merges know their inputs by the time of the file
-            self.make("base", self.base, [version(BASE_PACKAGE)])
+        made_from = [self.domain.base_name, self.domain.code()]
+        if not self.made("base", made_from):  # once: merges know their inputs by the time of the file
+            self.make("base", self.base, made_from)
         for name, task in self.tasks.items():
             self.heads[name] = self._head(task)
 
@@ -103,8 +96,8 @@ class Lab:
     def _write(self, name: str, tensors: Tensors) -> None:
         folder = self.path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in COMPANIONS:
-            shutil.copyfile(base_directory() / file, folder / file)
+        for file in self.domain.companions():
+            shutil.copyfile(file, folder / file.name)
         partial = folder / "model.safetensors.partial"
         save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
         partial.replace(folder / "model.safetensors")
@@ -127,11 +120,14 @@ class Lab:
         return name
 
     def _head(self, task: Task) -> Head:
-        made_from = [code_digest(), task_digest(task)]
+        made_from = [self.domain.code(), task_digest(task)]
         name = f"heads/{task.name}"
         file = self.path(name) / "head.safetensors"
         if not self.made(name, made_from):
-            head = train_head(self.base, self.tokenizer, task)
+            head = self.domain.head(task)
+            if head is None:
+                features = self.domain.features(self.base, task.probe)
+                head = fit_head(features, label_tensor(task.probe), len(task.labels))
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"weight": head.weight, "bias": head.bias}, file)
             self._stamp(name, made_from)
@@ -139,25 +135,43 @@ class Lab:
 
     def expert(self, tasks: Sequence[str], *, start: str = "base", steps: int | None = None) -> str:
         """The encoder fine-tuned on tasks, from the base or from another model; returns its name."""
-        steps = steps or self.size.steps * len(tasks)
+        steps = steps or self.size.steps * self.domain.pace * len(tasks)
         label = tasks[0] if len(tasks) == 1 else "multitask"
         name = f"experts/{label}" if start == "base" else f"experts/{label} from {start.replace('/', '-')}"
-        made_from = [code_digest(), [task_digest(self.tasks[t]) for t in tasks], steps, self.seed, self.digest(start)]
+        made_from = [
+            self.domain.code(),
+            [task_digest(self.tasks[t]) for t in tasks],
+            steps,
+            self.seed,
+            self.digest(start),
+        ]
         if not self.made(name, made_from):
             began = time.monotonic()
             chosen = [self.tasks[t] for t in tasks]
-            tuned = fine_tune(
-                self.load(start), self.tokenizer, [self.heads[t] for t in tasks], chosen, steps=steps, seed=self.seed
-            )
+            heads = [self.heads[t] for t in tasks]
+            tuned = self.domain.fine_tune(self.load(start), heads, chosen, steps=steps, seed=self.seed)
             self._write(name, tuned)
             self._stamp(name, made_from)
-            say(f"seed {self.seed}: {name}, {steps} steps in {time.monotonic() - began:.0f} s")
+            say(f"{self.domain.name}, seed {self.seed}: {name}, {steps} steps in {time.monotonic() - began:.0f} s")
         return name
 
-    def merge(self, name: str, method: str, models: Sequence[str], **recipe: Any) -> dict[str, Any]:
-        """Merge by the command line; returns its report. recipe: `parameters`, `ties_dist`, `statistics` by model."""
+    def adapter(self, kind: Kind, task: str) -> str:
+        """An adapter of the base fine-tuned on a task; returns its name."""
+        name = f"{kind}/{task}"
+        made_from = [self.domain.code(), peft_experts.code(), task_digest(self.tasks[task]), self.size.steps, self.seed]
+        if not self.made(name, made_from):
+            began = time.monotonic()
+            head, steps = self.heads[task], self.size.steps
+            tuned = self.domain.tune_adapter(kind, self.base, head, self.tasks[task], steps=steps, seed=self.seed)
+            tuned.write(self.path(name))
+            self._stamp(name, made_from)
+            say(f"{self.domain.name}, seed {self.seed}: {name}, {steps} steps in {time.monotonic() - began:.0f} s")
+        return name
+
+    def merge(self, name: str, method: str, models: Sequence[str], **recipe: Any) -> MergeReport:
+        """recipe: `parameters`, `ties_dist`, `statistics` by model."""
         file, out = self._recipe(name, method, models, **recipe), self.path(f"merged/{name}")
-        return dict(json.loads(self._run(["merge", str(file), str(out), "--json", "--quiet", "--overwrite"])))
+        return ties_dist.merge(file, out, overwrite=True)
 
     def sweep(self, name: str, method: str, models: Sequence[str], **values: str) -> dict[tuple[float, ...], str]:
         """Merges of one read, by value; values: what `ties-dist sweep` takes."""
@@ -208,7 +222,7 @@ class Lab:
         (self.path(expert) / "head.json").write_text(json.dumps(str(self.path(f"heads/{task}") / "head.safetensors")))
         out = self.path(f"statistics/{kind}-{task}")
         command = ["collect", kind, str(self.path(expert)), "--data", str(data), "--out", str(out), "--quiet"]
-        command += ["--model", "benchmarks.paper.subject:make"]
+        command += ["--model", str(self.domain.subject)]
         try:
             self._run(command)
         except SystemExit:  # of an expert that was trained again since
@@ -230,11 +244,11 @@ class Lab:
 
     def right(self, name: str, task: str, part: str = "test") -> torch.Tensor:
         """(examples,) bool, of one slice of a task."""
-        key = f"{self.digest(name)} {task_digest(self.tasks[task])} {code_digest()} {part}"
+        key = f"{self.digest(name)} {task_digest(self.tasks[task])} {self.domain.code()} {part}"
         if key not in self._scores:
             examples = getattr(self.tasks[task], part)
             model = self._loaded(name)
-            found = correct(model, self.tokenizer, self.heads[task], examples)
+            found = self.heads[task](self.domain.features(model, examples)).argmax(dim=1) == label_tensor(examples)
             self._scores[key] = "".join("01"[r] for r in found.tolist())
             self.store.write_text(json.dumps(self._scores))
         return torch.tensor([c == "1" for c in self._scores[key]])
@@ -245,11 +259,16 @@ class Lab:
             self._last = digest, self.load(name)
         return self._last[1]
 
-    def normalised(self, name: str, tasks: Iterable[str], part: str = "test") -> dict[str, torch.Tensor]:
-        """Per task, each example's correctness over the expert's accuracy: the mean is the normalised accuracy."""
+    def normalised(
+        self, name: str, tasks: Iterable[str], part: str = "test", experts: str = "experts"
+    ) -> dict[str, torch.Tensor]:
+        """Per task, each example's correctness over the expert's accuracy: the mean is the normalised accuracy.
+
+        experts: where they are, by task.
+        """
         found = {}
         for task in tasks:
-            own = self.right(f"experts/{task}", task, part).float().mean()
+            own = self.right(f"{experts}/{task}", task, part).float().mean()
             found[task] = self.right(name, task, part).float() / own
         return found
 
@@ -257,11 +276,6 @@ class Lab:
 def task_digest(task: Task) -> str:
     content = repr((task.name, task.labels, task.test, task.probe, task.dev, task.tune))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def code_digest() -> str:
-    quickstart = ROOT / "examples" / "quickstart"
-    return hashlib.sha256(b"".join((quickstart / name).read_bytes() for name in CODE)).hexdigest()[:16]
 
 
 def say(text: str) -> None:

@@ -11,16 +11,20 @@ from benchmarks.measure import machine, table
 from benchmarks.paper.claims import Claim
 from benchmarks.paper.lab import Lab
 
+Part = tuple[Sequence[Lab], Sequence[Claim]]
 
-def write_report(claims: Sequence[Claim], labs: Sequence[Lab], path: Path, seconds: float) -> Path:
-    size = labs[0].size
-    figures = path.with_suffix("")
+
+def write_report(parts: Sequence[Part], path: Path, seconds: float) -> Path:
+    """parts: the labs of each kind of data, and what was found in them."""
+    labs = parts[0][0]
+    size, figures = labs[0].size, path.with_suffix("")
     option = " --quick" if size.name == "quick" else ""
     seeds = "one seed" if len(labs) == 1 else f"{len(labs)} seeds"
     lines = [
-        f"# The paper's claims on MiniLM and {len(size.merged)} text tasks ({size.name} form)",
+        f"# The paper's claims ({size.name} form): {', '.join(labs[0].domain.name for labs, _ in parts)}",
         "",
-        f"`python -m benchmarks.paper.run{option} --report`, {path.name[:10]}, {seconds / 60:.0f} minutes.",
+        f"`python -m benchmarks.paper.run{option} --report`, {path.name[:10]}, {seconds / 60:.0f} minutes, models that "
+        "were trained before not counted.",
         "",
         *(f"- {name}: {value}" for name, value in machine(path.parent).items()),
         "",
@@ -29,33 +33,50 @@ def write_report(claims: Sequence[Claim], labs: Sequence[Lab], path: Path, secon
         "95 % interval of a bootstrap over groups of test examples" + (" and over seeds." if len(labs) > 1 else "."),
         "With one seed an interval says nothing of another training run." if len(labs) == 1 else "",
         "",
-        table(("claim", "verdict"), [(claim.title, claim.verdict) for claim in claims]),
+    ]
+    rows = [
+        (f"{labs[0].domain.name} {number}. {claim.title}", claim.verdict)
+        for labs, claims in parts
+        for number, claim in enumerate(claims, start=1)
+    ]
+    lines += ["| claim | verdict |", "|---|---|", *(f"| {title} | {said} |" for title, said in rows)]
+    for labs, claims in parts:
+        lines += _part(labs, claims, figures)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _part(labs: Sequence[Lab], claims: Sequence[Claim], figures: Path) -> list[str]:
+    domain = labs[0].domain
+    lines = [
         "",
-        "## The experts",
+        f"# {domain.name.capitalize()}",
+        "",
+        f"Base model: {domain.base_name}. Heads are trained on the base and frozen.",
         "",
         "| task | labels | test examples | pretrained, % | expert, % |",
         "|---|---|---|---|---|",
     ]
-    for name in (*size.merged, *size.held_out):
+    for name in (*domain.merged, *domain.held_out):
         task = labs[0].tasks[name]
-        accuracy = [100 * float(np.mean([lab.right(m, name).float().mean().item() for lab in labs])) for m in
-                    ("base", f"experts/{name}")]  # fmt: skip
-        held = " (held out)" if name in size.held_out else ""
+        base, own = (
+            100 * float(np.mean([lab.right(model, name).float().mean().item() for lab in labs]))
+            for model in ("base", f"experts/{name}")
+        )
+        held = " (held out)" if name in domain.held_out else ""
         lines.append(
-            f"| {name}{held}: {task.question} | {len(task.labels)} | {len(task.test)} | {accuracy[0]:.1f} | "
-            f"{accuracy[1]:.1f} |"
+            f"| {name}{held}: {task.question} | {len(task.labels)} | {len(task.test)} | {base:.1f} | {own:.1f} |"
         )
     for number, claim in enumerate(claims, start=1):
-        lines += ["", f"## {number}. {claim.title}", "", f"Paper: {claim.paper}.", ""]
+        lines += ["", f"## {domain.name.capitalize()} {number}. {claim.title}", "", f"Paper: {claim.paper}.", ""]
         lines.append(table(claim.columns, claim.rows))
         if claim.series:
             figures.mkdir(parents=True, exist_ok=True)
-            file = figures / f"{number}.svg"
+            file = figures / f"{domain.name}-{number}.svg"
             draw(claim, file)
             lines += ["", f"![{claim.title}]({figures.name}/{file.name})"]
         lines += ["", f"**Verdict: {claim.verdict}.** {claim.notes}".rstrip()]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return lines
 
 
 def draw(claim: Claim, file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import time
 from datetime import date
@@ -10,35 +11,63 @@ from pathlib import Path
 
 from benchmarks.paper import ROOT
 from benchmarks.paper.claims import CLAIMS, Claim
-from benchmarks.paper.lab import FULL, QUICK, Lab, say
+from benchmarks.paper.domain import Domain
+from benchmarks.paper.lab import FULL, QUICK, Lab, Size, say
 from benchmarks.paper.report import write_report
 
 RESULTS = ROOT / "benchmarks" / "results"
+DOMAINS = {"text": "text:Text", "vision": "vision:Vision", "clip": "clip:Clip"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed and fewer steps; some 15 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer steps and draws")
+    parser.add_argument(
+        "--domains", nargs="+", choices=DOMAINS, help="default: text and vision, of a quick run text alone"
+    )
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "paper")
     parser.add_argument("--report", action="store_true", help="write benchmarks/results/DATE-paper-*.md")
     options = parser.parse_args()
     os.environ["TIES_DIST_CACHE"] = str(options.build / "cache")
     size, began = QUICK if options.quick else FULL, time.monotonic()
-    labs = [Lab(size=size, seed=seed, build=options.build) for seed in size.seeds]
+    parts: list[tuple[list[Lab], list[Claim]]] = []
+    chosen = options.domains or (["text"] if options.quick else ["text", "vision"])
+    for name in chosen:
+        labs = _labs(_domain(name), size, options.build)
+        parts.append((labs, _measure(labs)))
+    target = RESULTS if options.report else options.build
+    label = "-".join([size.name, *(options.domains or [])])
+    path = write_report(parts, target / f"{date.today()}-paper-{label}.md", time.monotonic() - began)
+    say(f"report: {path}")
+
+
+def _domain(name: str) -> Domain:
+    module, _, kind = DOMAINS[name].partition(":")
+    made: Domain = getattr(importlib.import_module(f"benchmarks.paper.{module}"), kind)()
+    return made
+
+
+def _labs(domain: Domain, size: Size, build: Path) -> list[Lab]:
+    """With all experts trained, or fetched."""
+    began = time.monotonic()
+    labs = [Lab(domain=domain, size=size, seed=seed, build=build) for seed in size.seeds]
     for lab in labs:
-        for task in (*size.merged, *size.held_out):
+        for task in (*domain.merged, *domain.held_out):
             lab.expert([task])
-        lab.expert(list(size.merged))
-    trained = time.monotonic() - began
-    say(f"experts: {trained:.0f} s")
-    claims: list[Claim] = []
+        if domain.trains:
+            lab.expert(list(domain.merged))
+    say(f"{domain.name}: experts in {time.monotonic() - began:.0f} s")
+    return labs
+
+
+def _measure(labs: list[Lab]) -> list[Claim]:
+    claims = []
     for measure in CLAIMS:
         started = time.monotonic()
-        claims.append(measure(labs))
-        say(f"{claims[-1].title}: {claims[-1].verdict} ({time.monotonic() - started:.0f} s)")
-    target = RESULTS if options.report else options.build
-    path = write_report(claims, labs, target / f"{date.today()}-paper-{size.name}.md", time.monotonic() - began)
-    say(f"report: {path}")
+        if (claim := measure(labs)) is not None:
+            claims.append(claim)
+            say(f"{labs[0].domain.name}: {claim.title}: {claim.verdict} ({time.monotonic() - started:.0f} s)")
+    return claims
 
 
 if __name__ == "__main__":

