@@ -344,6 +344,29 @@ def test_lora_means_by_hand_where_scalings_differ(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 2, ["q"])
 
 
+def test_ties_of_lora_against_plain_torch(tmp_path: Path) -> None:
+    """The whole of A and B is one vector; bfloat16 adapters of two scalings."""
+    for i, name in enumerate(("one", "two")):
+        tensors = {n: t.bfloat16() for n, t in both(i).items()}
+        write_adapter(tmp_path / name, tensors, target_modules=["q"], lora_alpha=(4, 9)[i])
+    ties_dist.merge(write_merge(tmp_path, "one", "two", parameters={"density": 0.5}), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+    trimmed = []
+    for name, scaling in (("one", 4 / 2), ("two", 9 / 2)):
+        stored = load_file(tmp_path / name / "adapter_model.safetensors")
+        delta = torch.cat([stored[n].float().flatten() for n in sorted(stored)]) * np.float32(scaling**0.5)
+        threshold = delta.abs().kthvalue(len(delta) - len(delta) // 2).values
+        trimmed.append(torch.where(delta.abs() >= threshold, delta, 0))
+    mass = trimmed[0] + trimmed[1]
+    majority = 1.0 if torch.sign(mass).sum() > 0 else -1.0
+    sign = torch.where(mass == 0, majority, torch.sign(mass))
+    agreeing = [torch.where(t * sign > 0, t, 0) for t in trimmed]
+    divisor = torch.stack([a != 0 for a in agreeing]).sum(0).clamp(min=1)
+    expected = ((agreeing[0] + agreeing[1]) / divisor).bfloat16()
+    assert torch.equal(torch.cat([found[n].flatten() for n in sorted(found)]), expected)
+
+
 def test_one_setting_is_kept_and_so_are_the_stored_bytes(tmp_path: Path) -> None:
     write_adapter(tmp_path / "one", both(), target_modules=["q"], lora_alpha=7)
     ties_dist.merge(write_merge(tmp_path, "one", method="linear"), tmp_path / "out")
