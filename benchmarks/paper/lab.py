@@ -57,7 +57,7 @@ FULL = Size(
     seeds=(0, 1, 2),
     slices={"test": 400, "probe": 300, "dev": 160, "tune": 3200},
     steps=100,
-    restarts=4,
+    restarts=2,
     subsets=4,
 )
 
@@ -73,6 +73,7 @@ class Lab:
     tasks: dict[str, Task] = field(default_factory=dict)
     heads: dict[str, Head] = field(default_factory=dict)
     _scores: dict[str, str] = field(default_factory=dict)
+    _digests: dict[str, tuple[str, tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder = self.build / self.domain.name / self.size.name / f"seed-{self.seed}"
@@ -173,6 +174,18 @@ class Lab:
         file, out = self._recipe(name, method, models, **recipe), self.path(f"merged/{name}")
         return ties_dist.merge(file, out, overwrite=True)
 
+    def budget(self, name: str) -> dict[str, float]:
+        """Of a merge: which share of each kind of weight the whole-model trim keeps, the mean over the experts.
+
+        Kinds that have a thousandth of all parameters or more, the largest first.
+        """
+        found = ties_dist.analyze(self.path("recipes") / f"{name}.yml")
+        kinds = [kind for kind in found.kinds if kind.elements >= found.elements / 1000]
+        return {
+            kind.name: sum(e.kept_fraction for e in kind.experts) / len(kind.experts)
+            for kind in sorted(kinds, key=lambda kind: -kind.elements)
+        }
+
     def sweep(self, name: str, method: str, models: Sequence[str], **values: str) -> dict[tuple[float, ...], str]:
         """Merges of one read, by value; values: what `ties-dist sweep` takes."""
         parameters = {"density": 0.2} if "density" in values else {}  # replaced by the sweep's
@@ -239,8 +252,12 @@ class Lab:
     # -- what they get right
 
     def digest(self, name: str) -> str:
-        with open(self.path(name) / "model.safetensors", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        path = self.path(name) / "model.safetensors"
+        stamp = path.stat().st_mtime_ns, path.stat().st_size
+        if self._digests.get(name, ("", (0, 0)))[1] != stamp:  # a fifth of a second for MiniLM, asked for each task
+            with open(path, "rb") as file:
+                self._digests[name] = hashlib.file_digest(file, "sha256").hexdigest(), stamp
+        return self._digests[name][0]
 
     def right(self, name: str, task: str, part: str = "test") -> torch.Tensor:
         """(examples,) bool, of one slice of a task."""
