@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal, cast
 
 from ties_dist.adapted import BESIDE, VIRTUAL, AdaptedReader, Change, LowRank, Scaled
@@ -22,6 +23,7 @@ from ties_dist.header import TensorEntry, show
 from ties_dist.kernels.values import TYPES
 from ties_dist.models import ADAPTER_CONFIG as CONFIG
 from ties_dist.models import ADAPTER_WEIGHTS as WEIGHTS
+from ties_dist.settings import FLOAT32_MAX
 from ties_dist.storage.base import Reader
 
 PREFIX = "base_model.model."
@@ -45,6 +47,8 @@ _UNSUPPORTED = {
     "velora_config": "VeLoRA",
 }
 """Fields of adapter_config.json that, where set, change what an adapter does in ways that are not known here."""
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of which peft replaces the base by what is left of it, when it loads the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ def read_adapter(path: Path, name: str, reader: Callable[[Path], Reader]) -> Ada
     try:
         config = json.loads((path / CONFIG).read_text())
         kind = config["peft_type"] if isinstance(config, dict) else None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"adapter '{name}' ({path}): {CONFIG} cannot be read: {error}") from error
     if kind not in ("LORA", "IA3"):
         problems.append(f"{CONFIG}: peft_type {kind!r}: LoRA and (IA)3 are supported; merge it into its base with peft")
@@ -77,10 +81,7 @@ def read_adapter(path: Path, name: str, reader: Callable[[Path], Reader]) -> Ada
         if isinstance(config, dict) and config.get(key)
     ]
     if isinstance(config, dict):
-        alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
-        problems += [
-            f"{CONFIG}: alpha {alpha!r} is no number" for alpha in alphas if not isinstance(alpha, int | float)
-        ]
+        problems += [f"{CONFIG}: {problem}" for problem in _wrong_values(config)]
     if not (path / WEIGHTS).is_file():
         other = "adapter_model.bin" if (path / "adapter_model.bin").is_file() else "no weights"
         problems.append(f"{WEIGHTS}: missing (found {other}): save the adapter with safetensors")
@@ -88,6 +89,30 @@ def read_adapter(path: Path, name: str, reader: Callable[[Path], Reader]) -> Ada
         raise CheckpointError(listing(f"adapter '{name}' ({path}) cannot be used:", problems))
     weights = open_checkpoint(path / WEIGHTS, name=name, reader=reader)
     return Adapter(path=path, kind=cast(Literal["LORA", "IA3"], kind), config=config, tensors=weights)
+
+
+def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
+    """What peft could not have written, or what changes the base itself."""
+    patterns = [config.get(key) or {} for key in ("alpha_pattern", "rank_pattern")]
+    alphas = [config.get("lora_alpha", 8)]
+    for pattern in patterns:
+        if isinstance(pattern, dict):
+            alphas += pattern.values()
+        else:
+            yield f"a pattern must be a mapping of names to numbers, found {short(pattern)}"
+    for alpha in alphas:
+        if not isinstance(alpha, int | float) or not abs(alpha) <= FLOAT32_MAX:
+            yield f"alpha {short(alpha)} is no number"
+    for key in ("target_modules", "feedforward_modules", "exclude_modules"):
+        listed = config.get(key) or []
+        if not isinstance(listed, str) and not (isinstance(listed, list) and all(isinstance(n, str) for n in listed)):
+            yield f"{key}: must be names, or a pattern; found {short(listed)}"
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
+        yield (
+            f"init_lora_weights: {init!r} changes the base that the adapter is added to; convert it with peft "
+            "(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`)"
+        )
 
 
 @dataclass
@@ -205,7 +230,12 @@ def _change(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list
         problems.append(f"{show(target.name)}: DoRA has {magnitude.numel} magnitudes for {outputs} outputs")
         return None
     return LowRank(
-        target=target, a=a, b=b, turned=turned, scaling=scaling(adapter.config, parts.module, rank), magnitude=magnitude
+        target=target,
+        a=a,
+        b=b,
+        turned=turned,
+        scaling=scaling(adapter.config, owner(parts.module), rank),
+        magnitude=magnitude,
     )
 
 
@@ -213,6 +243,11 @@ def part_of(name: str) -> tuple[str, str] | None:
     """The module that one of an adapter's tensors belongs to, and as what; None for a weight of the model itself."""
     match = _PART.fullmatch(name.removeprefix(PREFIX))
     return (match["module"], match["part"]) if match and match["rest"] != "bias" else None
+
+
+def owner(module: str) -> str:
+    """The module that patterns speak of: peft wraps some layers in two."""
+    return module.partition(".base_layer.")[0]
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

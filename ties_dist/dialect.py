@@ -177,14 +177,12 @@ def _read_options(draft: Draft, semantics: str | None) -> None:
 
 def _read_models(draft: Draft) -> None:
     takes_deltas = draft.spec is not None and draft.spec.operand == "delta"
-    if (base := draft.document.get("base_model")) is not None:
+    base, into_adapter = draft.document.get("base_model"), draft.options.output == "adapter"
+    if base is not None and into_adapter:
+        draft.notes.append("base_model is not read: adapters are merged with each other, into an adapter.")
+    elif base is not None:
         draft.base = _locate(draft, base, "base_model")
-        if draft.options.output == "adapter":
-            draft.base = None
-            draft.notes.append("base_model is not read: adapters are merged with each other, into an adapter.")
-    elif draft.options.output == "adapter":
-        pass
-    elif takes_deltas:
+    elif takes_deltas and not into_adapter:
         draft.problems.append(f"base_model: missing; {draft.method} merges differences to a base")
     if draft.options.elect_from is not None:
         draft.elect_from = _locate(draft, draft.options.elect_from, "ties_dist.elect_from")
@@ -224,10 +222,10 @@ def _read_model(draft: Draft, entry: object, where: str, *, drop_base: bool) -> 
         draft.problems.append(f"{where}.model: missing; give a path or a hub id")
         return
     written = entry["model"]
-    location = _locate(draft, written, f"{where}.model")
+    is_base = isinstance(written, str) and written == draft.document.get("base_model")
+    location = None if is_base and draft.options.output == "adapter" else _locate(draft, written, f"{where}.model")
     # A base that was not found is still the base: what it lacks as an expert is not worth a second problem.
-    is_lost_base = location is None and isinstance(written, str) and written == draft.document.get("base_model")
-    if drop_base and ((location and location == draft.base) or is_lost_base):
+    if drop_base and ((location and location == draft.base) or (location is None and is_base)):
         too = " and its parameters" if parameters else ""
         draft.notes.append(f"{where}: the base has no difference to itself; the entry{too} is left out.")
         return

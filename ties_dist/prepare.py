@@ -137,8 +137,9 @@ def assemble(
     )
     companions, into_adapter = {}, recipe.options.output == "adapter"
     if into_adapter:
-        companions[ADAPTER_CONFIG] = merged_config(opened[1:])
-        opened = align(opened[1:])
+        adapters = opened[1:]
+        opened = align(adapters, len(recipe.experts))
+        companions[ADAPTER_CONFIG] = merged_config(adapters[: len(recipe.experts)])
         identities = [opened[0].name, *identities[1:]]
     base, count = opened[0], len(recipe.experts)
     models = [_input(*each) for each in zip(opened, models_of(recipe), identities, strict=True)]

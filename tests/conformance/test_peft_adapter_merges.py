@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ties_dist
@@ -153,16 +154,56 @@ def test_lambda_scales_the_delta(tmp_path: Path) -> None:
 
 
 def test_ia3_merges_as_peft_does(tmp_path: Path) -> None:
-    config = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    wrapped = trained([config] * 2, tmp_path)
+    wrapped = trained([IA3] * 2, tmp_path)
     wrapped.add_weighted_adapter(["one", "two"], [0.6, 0.5], "theirs")
     assert_same(wrapped, merged(tmp_path, 2, "linear", [0.6, 0.5], parameters={"normalize": False}))
 
 
+IA3 = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+OTHERWISE: Mapping[str, Sequence[Config]] = {
+    "layers": [LORA | {"layers_to_transform": [i], "layers_pattern": "layers"} for i in range(2)],
+    "excluded": [LORA, LORA | {"exclude_modules": ["layers.0.q_proj"]}],
+    "endings": [LORA | {"target_modules": ["head", "layers.0.up_proj"]}, LORA | {"target_modules": ["q_proj"]}],
+    "ranks": [
+        LORA | {"rank_pattern": {"layers.0.up_proj": 7}},
+        LORA | {"rank_pattern": {"layers.0.up_proj": 7}, "target_modules": ["up_proj"]},
+    ],
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_adapters_with_other_settings_are_loaded_whole(what: str, tmp_path: Path) -> None:
+    wrapped = trained(OTHERWISE[what], tmp_path)
+    wrapped.add_weighted_adapter(["one", "two"], [0.7, 1.1], "theirs", combination_type="linear")
+    out = merged(tmp_path, 2, "task_arithmetic", [0.7, 1.1])
+    assert_loads_whole(out)
+    if what != "layers":  # peft's own has the first adapter's layers only
+        assert_same(wrapped, out)
+
+
+@pytest.mark.parametrize(
+    "order", [["q_proj", "down_proj"], ["down_proj", "q_proj"], ["q_proj", "down_proj", "up_proj"]]
+)
+def test_ia3_settings_are_sets(order: list[str], tmp_path: Path) -> None:
+    """peft writes sets in an order of its own."""
+    wrapped = trained([IA3, IA3 | {"target_modules": order}], tmp_path)
+    file = tmp_path / "two" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": order}))
+    wrapped.add_weighted_adapter(["one", "two"], [0.6, 0.5], "theirs")
+    out = merged(tmp_path, 2, "linear", [0.6, 0.5], parameters={"normalize": False})
+    assert_loads_whole(out)
+    if len(order) == 2:  # where one lacks a module, peft leaves it out of the sum and we count ones
+        assert_same(wrapped, out)
+
+
+def assert_loads_whole(out: Path) -> None:
+    """On a fresh model, peft finds a place for every tensor, and a tensor for every place."""
+    model = peft.get_peft_model(Model(turned=False), peft.PeftConfig.from_pretrained(str(out)))
+    assert set(peft.get_peft_model_state_dict(model)) == set(load_file(out / "adapter_model.safetensors"))
+
+
 def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:
     """One adapter alone is its own mean, byte for byte."""
-    from safetensors.torch import load_file, save_file
-
     trained([LORA], tmp_path)
     file = tmp_path / "one" / "adapter_model.safetensors"
     save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file)

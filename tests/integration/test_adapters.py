@@ -341,7 +341,7 @@ def test_lora_means_by_hand_where_scalings_differ(tmp_path: Path) -> None:
     assert found["base_model.model.q.lora_A.weight"].tolist() == [[2.5] * 3] * 2  # (2 * 1 + 1 * 3) / 2
     assert found["base_model.model.q.lora_B.weight"].tolist() == [[-2.5] * 2] * 4
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 2, ["q"])
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 2, "q")
 
 
 def test_ties_of_lora_against_plain_torch(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_constants_have_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
     assert found["base_model.model.k.ia3_l"].dtype == dtype
     assert found["base_model.model.k.ia3_l"].flatten().tolist() == [1.25] * 4
     assert found["base_model.model.v.ia3_l"].flatten().tolist() == [0.75] * 3
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["k", "v"]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == "k|v"
 
 
 def test_a_recipe_of_a_model_merge_needs_one_key_more(base: dict[str, Tensor], tmp_path: Path) -> None:
@@ -395,10 +395,12 @@ def test_a_recipe_of_a_model_merge_needs_one_key_more(base: dict[str, Tensor], t
     for i, name in enumerate(("one", "two")):
         write_adapter(tmp_path / name, both(i), target_modules=["q"])
     outs = []
-    for named in (("one", "two"), ("base+one", "base+two")):
+    for named in (("one", "two"), ("base+one", "base+two"), ("base", "one", "two")):
         path = write_merge(tmp_path, *named, base_model="base", parameters={"density": 0.5})
         outs.append(ties_dist.merge(path, tmp_path / f"out-{len(outs)}"))
-    assert outs[0].output_digest == outs[1].output_digest
+    assert len({out.output_digest for out in outs}) == 1
+    write_merge(tmp_path, "one", "two", base_model="org/nowhere", parameters={"density": 0.5})
+    assert ties_dist.merge(tmp_path / "recipe.yml", tmp_path / "out-3").output_digest == outs[0].output_digest
     card = (tmp_path / "out-0" / "README.md").read_text()
     assert "library_name: peft" in card
 
@@ -439,10 +441,19 @@ def test_adapter_merges_do_not_depend_on_the_cut(tmp_path: Path) -> None:
 
 UNMERGEABLE: Mapping[str, tuple[dict[str, Any], str]] = {
     "kind": ({"tensors": {"layers.0.q.ia3_l": torch.ones(40, 1)}, "peft_type": "IA3"}, "one is LORA, two is IA3"),
-    "dora": ({"tensors": both(1), "use_dora": True}, "'two' is a DoRA"),
+    "dora": ({"tensors": both(1), "use_dora": True}, "it is a DoRA"),
     "saved": ({"tensors": both(1) | {"head.weight": torch.ones(9, 24)}}, "head.weight"),
     "rank": ({"tensors": lora("layers.0.q", 40, 24, 3)}, "(2, 24) in 'one', (3, 24) in 'two'"),
     "type": ({"tensors": {n: t.double() for n, t in both(1).items()}}, "F64"),
+    "half": ({"tensors": {n: t for n, t in both(1).items() if "lora_A" in n}}, "layers.0.q has lora_A and no lora_B"),
+    "magnitudes": ({"tensors": both(1) | {"layers.0.q.lora_magnitude_vector": torch.ones(40)}}, "magnitudes"),
+    "vector in LoRA": ({"tensors": both(1) | {"k.ia3_l": torch.ones(4, 1)}}, "peft_type is LORA"),
+    "empty": ({"tensors": {}}, "it has no tensors"),
+    "changed base": ({"tensors": both(1), "init_lora_weights": "pissa_niter_4"}, "changes the base"),
+    "pattern": ({"tensors": both(1), "alpha_pattern": ["q"]}, "must be a mapping"),
+    "alpha": ({"tensors": both(1), "lora_alpha": 10**400}, "is no number"),
+    "not a number": ({"tensors": both(1), "lora_alpha": float("nan")}, "alpha nan is no number"),
+    "names": ({"tensors": both(1), "target_modules": ["q", 3]}, "must be names, or a pattern"),
 }
 
 
@@ -455,6 +466,73 @@ def test_adapters_that_do_not_fit_together_are_refused(what: str, tmp_path: Path
         ties_dist.merge(write_merge(tmp_path, "one", "two", parameters={"density": 0.5}), tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_old_and_mixed_names_are_the_same_tensors(tmp_path: Path) -> None:
+    """Without PEFT's prefix, without `.weight`: one set of tensors, named as PEFT does today."""
+    write_adapter(tmp_path / "one", both(), target_modules=["q"])
+    folder = write_adapter(tmp_path / "two", both(), target_modules=["q"])
+    old = {n.removesuffix(".weight"): t for n, t in both().items()}
+    save_file(old, folder / "adapter_model.safetensors")
+    ties_dist.merge(write_merge(tmp_path, "one", "two", method="linear"), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == {f"base_model.model.{n}" for n in both()}
+    assert all(torch.equal(found[f"base_model.model.{n}"], t) for n, t in both().items())
+
+
+def test_how_a_setting_is_spelt_does_not_matter(tmp_path: Path) -> None:
+    """A pattern for a list, and rank 2 as a pattern: the same adapters, and the same bytes."""
+    tensors = lora("layers.0.q", 40, 24) | lora("layers.1.q", 24, 40, 4)
+    digests = set()
+    for spelt in (
+        {"target_modules": ["q"], "r": 2, "rank_pattern": {"layers.1.q": 4}},
+        {"target_modules": r"layers\.\d\.q", "r": 4, "rank_pattern": {"layers.0.q": 2}},
+    ):
+        write_adapter(tmp_path / "one", tensors, **spelt)
+        write_adapter(
+            tmp_path / "two", {n: -t for n, t in tensors.items()}, target_modules=["q"], rank_pattern={"1.q": 4}
+        )
+        path = write_merge(tmp_path, "one", "two", parameters={"density": 0.3})
+        ties_dist.merge(path, tmp_path / "out", overwrite=True)
+        digests.add((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+    assert len(digests) == 1
+
+
+def test_the_first_pattern_that_matches_is_the_one(tmp_path: Path) -> None:
+    """The same patterns in another order: alpha / r of layers.0.q is 8 and 1, so that A counts sqrt(8) and 1 times."""
+    for name, pattern in (("one", {"layers.0.q": 16, "q": 2}), ("two", {"q": 2, "layers.0.q": 16})):
+        write_adapter(tmp_path / name, both(), target_modules=["q"], alpha_pattern=pattern)
+    ties_dist.merge(write_merge(tmp_path, "one", "two", method="linear"), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, tensor in both().items():
+        first = np.float32(8**0.5) if "layers.0" in name else np.float32(1)
+        assert torch.equal(found[f"base_model.model.{name}"], (tensor * first + tensor) / 2), name
+
+
+def test_counts_of_scaled_and_of_stored_tensors_are_kept_apart(tmp_path: Path) -> None:
+    """One adapter, merged with another of its scaling and then with one of another: its thresholds differ."""
+    for i, alpha in enumerate((4, 4, 9)):
+        write_adapter(tmp_path / f"{i}", lora("q", 512, 512, 8, seed=i), lora_alpha=alpha, r=8, target_modules=["q"])
+    found = []
+    for cache in ("shared", "shared", "fresh"):
+        pair = ("0", "1") if not found else ("0", "2")
+        path = write_merge(tmp_path, *pair, parameters={"density": 0.5})
+        report = ties_dist.merge(path, tmp_path / f"out-{len(found)}", cache_dir=tmp_path / cache)
+        found.append(report)
+    assert found[0].experts[0].threshold != found[1].experts[0].threshold
+    assert found[1].experts[0].threshold == found[2].experts[0].threshold
+    assert found[1].mispredicted == found[2].mispredicted
+
+
+def test_signs_of_another_adapter_bring_no_modules(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", lora("q", 8, 8), target_modules=["q"])
+    write_adapter(tmp_path / "signs", lora("q", 8, 8) | lora("k", 8, 8), target_modules=["q", "k"], lora_alpha=9)
+    path = write_merge(tmp_path, "one", parameters={"density": 1.0}, ties_dist={"elect_from": "signs"})
+    ties_dist.merge(path, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(found[f"base_model.model.{n}"], t) for n, t in lora("q", 8, 8).items())
+    assert len(found) == 2
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["q"]
 
 
 def test_only_adapters_are_merged_into_an_adapter(base: dict[str, Tensor], tmp_path: Path) -> None:
