@@ -77,8 +77,10 @@ class OutFolder:
         for model in (p.resolve() for p in inputs):
             if target == model or (model.is_dir() and model in target.parents):
                 raise OutputError(f"OUT {self.path} lies inside the input {model}. Choose a folder of its own.")
-            if model.is_file() and target == model.parent:
-                raise OutputError(f"the input {model} lies in OUT {self.path}. Choose a folder of its own.")
+            # A folder's shards may be links to another's.
+            for file in (p.resolve() for p in (model.glob("*.safetensors") if model.is_dir() else [model])):
+                if target == file.parent:
+                    raise OutputError(f"the input {file} lies in OUT {self.path}. Choose a folder of its own.")
         if self.path.is_symlink() and not self.path.exists():
             raise OutputError(f"OUT {self.path} is a broken link. Choose a folder.")
         if self.path.exists() and not self.path.is_dir():

@@ -382,7 +382,8 @@ def adapters(labs: Sequence[Lab]) -> Claim | None:
             over = f"merged/{kind}-task_arithmetic-{into}"
             difference = gain(labs, f"merged/{kind}-ties-{into}", over, tasks, own)
             claim.rows.append((ADAPTER_NAMES[kind], "TIES against task arithmetic", into, "", difference))
-            verdicts.append(f"{ADAPTER_NAMES[kind]} into a {into}: {verdict(difference, expected=1)}")
+            article = "an" if into == "adapter" else "a"
+            verdicts.append(f"{ADAPTER_NAMES[kind]} into {article} {into}: {verdict(difference, expected=1)}")
     claim.verdict = "TIES above task arithmetic: " + "; ".join(verdicts)
     claim.notes = (
         f"No setting was validated: lambda {ARITHMETIC_LAMBDA} and TIES at density {PAPER_DENSITY}, lambda "

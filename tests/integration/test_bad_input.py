@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import ties_dist
@@ -457,6 +458,23 @@ def test_out_in_an_input_is_refused(out: str, merge_job: Checkpoints, capsys: py
     assert ended.status == 2
     assert "OutputError" in ended.err and "lies inside the input" in ended.err and "Traceback" not in ended.err
     assert contents(recipe.parent) == before
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_input_in_out_is_refused(
+    linked: bool, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named as a file, or a link in a folder of its own: what replaces OUT's model would replace the input."""
+    recipe = merge_job(two_experts())
+    assert run(capsys, "merge", recipe, tmp_path / "out").status == 0
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "out" / "model.safetensors")
+    document = yaml.safe_load(recipe.read_text())
+    document["models"][0]["model"] = str(tmp_path / ("linked" if linked else "out/model.safetensors"))
+    recipe.write_text(yaml.safe_dump(document))
+    before = contents(tmp_path / "out")
+    assert_says(run(capsys, "merge", recipe, tmp_path / "out", "--overwrite"), "lies in OUT")
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",), ("--fresh", "--overwrite")], ids=" ".join)
