@@ -2,8 +2,8 @@
 
 Trimming over the whole model needs thresholds before the read that counts: the statistics store's, which are exact, or
 those of a sample of at most 0.4 of the inputs. The read then counts what is above and at them, so that every number is
-exact for a threshold that is stated with its true rank. A finished analysis is kept in the store; its key holds the
-inputs' sizes and times, because no merge proves it.
+exact for a threshold that is stated with its true rank. An analysis is kept in the store, finished or interrupted; its
+key holds the inputs' sizes and times, because no merge proves it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -27,11 +28,12 @@ from ties_dist.inputs import opener
 from ties_dist.kernels.analysis import MOST_EXPERTS
 from ties_dist.layout import ITEM_BYTES
 from ties_dist.methods.base import TrimRule
-from ties_dist.planning import MergePlan, digest
+from ties_dist.planning import MergePlan, Unit, digest
 from ties_dist.prepare import Job, Resources, prepare
 from ties_dist.progress import LogProgress, Progress, phase
 from ties_dist.report import peak_rss_bytes
 from ties_dist.scan import nonfinite_error, sample_slices
+from ties_dist.snapshot import Snapshot
 from ties_dist.statistics import StatisticsStore, cache_folder
 from ties_dist.storage.backends import Backend
 from ties_dist.storage.local import write_durably
@@ -92,14 +94,16 @@ def analyze(
         told(job.notes)
     cache = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     kept = cache / ANALYSES / f"{_key(job, chosen)}.json"
+    snapshot = Snapshot(kept.with_suffix(".partial"), shared=True)
     found = _kept(kept)
     if found is None:
         executor = LocalExecutor(resources.thread_count + READ_AHEAD, stop or threading.Event())
         try:
-            found = _measure(job, chosen, StatisticsStore(cache), executor, progress or LogProgress())
+            found = _measure(job, chosen, StatisticsStore(cache), executor, progress or LogProgress(), snapshot)
         except StoppedError:
-            raise StoppedError("stopped; nothing was written. Run the same command again.") from None
+            raise StoppedError("stopped; what was counted is kept. Run the same command again to go on.") from None
         _keep(found, kept)
+        snapshot.drop()
     found = replace(found, run=replace(found.run, elapsed_seconds=time.monotonic() - began))
     if folder is not None:
         _write(found, folder)
@@ -142,23 +146,37 @@ def _density(job: Job, asked: float | None) -> float:
     return own if own is not None else PAPER_DENSITY
 
 
-def _measure(job: Job, density: float, store: StatisticsStore, executor: LocalExecutor, progress: Progress) -> Analysis:
+def _measure(
+    job: Job, density: float, store: StatisticsStore, executor: LocalExecutor, progress: Progress, snapshot: Snapshot
+) -> Analysis:
     """One read of base and experts, in any order of units."""
     plan = job.plan
     worker = Worker(plan, opener(plan, job.resources.backend))
     question, source = ask(plan, density, store, worker)
-    tally, models = Tally(Signs.empty(len(plan.experts))), len(plan.experts) + 1
-    units, step = list(plan.units()), TallyStep(worker, MemoryWriter(), turns=threading.Semaphore(plan.threads))
+    done, tally = _resume(question, snapshot)
+    resumed = sum(unit.nbytes for unit in done) * (models := len(plan.experts) + 1)
+    units = list(plan.units(done))
+    step = TallyStep(worker, MemoryWriter(), turns=threading.Semaphore(plan.threads))
     with phase(progress, "analyze", plan.layout.total_bytes * models):
-        for unit, part in executor.call(step, Analyse(question.bits, question.chosen), units):
-            check_stop(executor.stop)
-            tally.add(part)
-            progress.advance(unit.nbytes * models)
+        progress.advance(resumed)
+        try:
+            for unit, part in executor.call(step, Analyse(question.bits, question.chosen), units):
+                tally.add(part)
+                done.append(unit)
+                progress.advance(unit.nbytes * models)
+                snapshot.keep_now_and_then(lambda: _as_kept(question, done, tally))
+                check_stop(executor.stop)
+        except StoppedError:
+            if done:
+                snapshot.keep(*_as_kept(question, done, tally))
+            raise
     if tally.nonfinite:
+        snapshot.drop()
         raise nonfinite_error(plan, worker, tally.nonfinite)
     found = summarise(question, tally)
     run = Run(
         bytes_read=worker.requested_bytes,
+        resumed_bytes=resumed,
         input_bytes=input_bytes(plan),
         peak_rss_bytes=peak_rss_bytes(),
         projected_bytes=plan.projected_bytes,
@@ -167,6 +185,19 @@ def _measure(job: Job, density: float, store: StatisticsStore, executor: LocalEx
         thresholds_from=source,
     )
     return replace(found, warnings=tuple(advise(found, trims=plan.method.trim == RULE)), notes=job.notes, run=run)
+
+
+def _as_kept(question: Question, done: Sequence[Unit], tally: Tally) -> tuple[Any, dict[str, np.ndarray]]:
+    facts, arrays = tally.as_kept()
+    return {"thresholds": question.bits, "units": done, **facts}, arrays
+
+
+def _resume(question: Question, snapshot: Snapshot) -> tuple[list[Unit], Tally]:
+    """What an interrupted run has counted at the same thresholds, and the units it is of."""
+    if (kept := snapshot.load()) is not None and kept[0]["thresholds"] == [list(row) for row in question.bits]:
+        logger.info("going on where an interrupted analysis was")
+        return [Unit(*unit) for unit in kept[0]["units"]], Tally.from_kept(*kept)
+    return [], Tally(Signs.empty(len(question.plan.experts)))
 
 
 def input_bytes(plan: MergePlan) -> int:
@@ -238,13 +269,14 @@ def _kept(path: Path) -> Analysis | None:
         logger.warning("the kept analysis %s is unreadable (%s): reading the inputs", path.name, type(error).__name__)
         return None
     logger.info("these inputs were analysed before: taken from the statistics store")
-    return replace(found, run=replace(found.run, cached=True, bytes_read=0, peak_rss_bytes=peak_rss_bytes()))
+    run = replace(found.run, cached=True, bytes_read=0, resumed_bytes=0, peak_rss_bytes=peak_rss_bytes())
+    return replace(found, run=run)
 
 
 def _keep(found: Analysis, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, to_json(found))
+        write_durably(path, to_json(found), shared=True)
     except OSError as error:
         logger.warning("cannot keep the analysis in %s (%s): the next one reads again", path.parent, error)
 

@@ -25,6 +25,7 @@ from ties_dist.publish import OutFolder, companion_files, model_card, publish
 from ties_dist.report import MergeReport, peak_rss_bytes
 from ties_dist.resume import adopt, check_space, claim
 from ties_dist.site import Site
+from ties_dist.snapshot import Snapshot
 from ties_dist.statistics import StatisticsStore
 from ties_dist.storage.base import BLOCK_BYTES, Writer
 from ties_dist.summary import describe
@@ -115,7 +116,7 @@ def run(
                 keeper=DurableKeeper(lock, step.writer, journal),
                 progress=noted,
                 store=store,
-                scan_checkpoint=folder.run / "scan.npz",
+                scan_snapshot=Snapshot(folder.run / "scan.npz"),
                 also=also,
                 speculate=speculate,
             )

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from ties_dist.errors import NumericError, ProofError, listing
@@ -17,6 +16,7 @@ from ties_dist.matrices import SolveMatrix
 from ties_dist.planning import MergePlan, Unit
 from ties_dist.progress import Progress, phase
 from ties_dist.scan import NOTHING_PUBLISHED, Scan, sample_slices
+from ties_dist.snapshot import Snapshot
 from ties_dist.statistics import StatisticsStore
 from ties_dist.summary import Totals
 from ties_dist.threshold import Cuts, ModelCut, Threshold
@@ -62,7 +62,7 @@ class Passes:
     keeper: Keeper
     progress: Progress
     store: StatisticsStore | None = None
-    scan_checkpoint: Path | None = None
+    scan_snapshot: Snapshot | None = None
     also: Sequence[MergePlan] = ()
     """Merges whose thresholds a scan counts as well (`Scan`)."""
     speculate: bool | None = None
@@ -142,7 +142,7 @@ class Passes:
         self.keeper.thresholds(found)
 
     def _scanner(self) -> Scan:
-        return Scan(self.plan, self.step, self.executor, self.progress, self.store, self.scan_checkpoint, self.also)
+        return Scan(self.plan, self.step, self.executor, self.progress, self.store, self.scan_snapshot, self.also)
 
     def _spread(self, cuts: Sequence[ModelCut], source: str) -> None:
         self.model_cuts, self.thresholds_from = tuple(cuts), source
@@ -166,10 +166,7 @@ class Passes:
 
     def merge_missing(self) -> None:
         """Merge what no result covers, taking the majority sign of the units so far for the final one."""
-        done: dict[str, list[tuple[int, int]]] = {}
-        for unit in self.results:
-            done.setdefault(unit.shard, []).append((unit.start, unit.stop))
-        missing = list(self.plan.units(done))
+        missing = list(self.plan.units(self.results))
         self.solve(missing)
         if self._warming is not None:
             self._warming.join()

@@ -199,10 +199,13 @@ class MergePlan:
         """An expert's density, where the trim's scope is the model and so one holds for all tensors."""
         return self.numbers[self.counted[0].source].experts[expert]["density"]
 
-    def units(self, done: Mapping[str, Sequence[tuple[int, int]]] | None = None) -> Iterator[Unit]:
-        """Units covering every byte of the output that is not in `done` (byte ranges by shard), in file order."""
+    def units(self, done: Iterable[Unit] = ()) -> Iterator[Unit]:
+        """Units covering every byte of the output that none of `done` covers, whatever their size, in file order."""
+        covered: dict[str, list[tuple[int, int]]] = {}
+        for unit in done:
+            covered.setdefault(unit.shard, []).append((unit.start, unit.stop))
         for shard in self.layout.shards:
-            for start, stop in gaps((done or {}).get(shard.name, ()), shard.size):
+            for start, stop in gaps(covered.get(shard.name, ()), shard.size):
                 yield from cut(shard.name, start, stop, self.unit_bytes)
 
     def tensors_of(self, unit: Unit) -> set[str]:

@@ -6,15 +6,11 @@ the threshold; only where that guess fails does a second read count the right bu
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import random
-import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +19,8 @@ from ties_dist.errors import NumericError, listing
 from ties_dist.executors.base import Executor, Ledger
 from ties_dist.planning import MergePlan, Unit
 from ties_dist.progress import Progress, phase
+from ties_dist.snapshot import Snapshot
 from ties_dist.statistics import StatisticsStore
-from ties_dist.storage.local import write_durably
 from ties_dist.threshold import (
     KEEP_ALL,
     KEEP_NONE,
@@ -49,7 +45,6 @@ SAMPLE_ELEMENTS = 2048
 LARGER_SAMPLE, LARGER_FROM = 4, 64
 """Where the sample cannot tell an atom from the next, so many times of it can halve its error; of models that are so
 many times larger still, of which a scan would cost far more."""
-CHECKPOINT_SECONDS = 20.0
 NAMED_TENSORS = 20
 """With NaN or Inf: read again to say in which model."""
 NOTHING_PUBLISHED = (
@@ -66,7 +61,7 @@ class Scan:
     executor: Executor
     progress: Progress
     store: StatisticsStore | None
-    keep: Path | None = None
+    keep: Snapshot | None = None
     also: Sequence[MergePlan] = ()
     """Merges of the same inputs with other densities, whose thresholds a scan counts in the same read."""
     source: str = "scan"
@@ -183,16 +178,14 @@ class Scan:
         """One read of the base and these experts."""
         ledger, done = self._resume(windows)
         models = len(windows) + 1
-        saved = time.monotonic()
         with phase(self.progress, "scan", self.plan.layout.total_bytes * models):
             self.progress.advance(sum(unit.nbytes for unit in done) * models)
             while ledger.missing:
                 for partial in self.executor.reduce(self.step, Observe(windows), sorted(ledger.missing)):
                     if ledger.accept(partial):
                         self.progress.advance(sum(unit.nbytes for unit in partial.units) * models)
-                    if self.keep is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                        self._save(windows, ledger)
-                        saved = time.monotonic()
+                    if self.keep is not None:
+                        self.keep.keep_now_and_then(lambda: _as_kept(windows, ledger.total))
         self._finish(ledger.total, windows)
 
     def _finish(self, total: Observation, windows: Mapping[int, Window]) -> None:
@@ -205,32 +198,10 @@ class Scan:
             if self.store is not None:
                 self.store.save(self.store.key(self.plan, i % len(self.plan.experts)), histogram)
 
-    def _save(self, windows: Mapping[int, Window], ledger: Ledger) -> None:
-        """Counts so far with the byte ranges they are of: unit sizes may differ when the run is resumed."""
-        assert self.keep is not None
-        arrays = {
-            f"{kind}{i}": getattr(h, kind) for i, h in ledger.total.histograms.items() for kind in ("coarse", "fine")
-        }
-        facts = {
-            "windows": [[i, *w] for i, w in sorted(windows.items())],
-            "units": sorted(ledger.total.units),
-            "nonfinite": [[*key, n] for key, n in ledger.total.nonfinite.items()],
-        }
-        buffer = io.BytesIO()
-        np.savez(buffer, facts=np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8), **arrays)
-        write_durably(self.keep, buffer.getvalue())
-
     def _resume(self, windows: Mapping[int, Window]) -> tuple[Ledger, set[Unit]]:
-        total = Observation()
-        if self.keep is not None and self.keep.exists():
-            try:
-                total = _counts_so_far(self.keep, windows)
-            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                logger.warning("the counts of the interrupted scan are damaged (%s): counting again", error)
-        done: dict[str, list[tuple[int, int]]] = {}
-        for unit in total.units:
-            done.setdefault(unit.shard, []).append((unit.start, unit.stop))
-        ledger = Ledger(self.plan.units(done))
+        kept = self.keep.load() if self.keep is not None else None
+        total = _counts_so_far(*kept, windows) if kept else Observation()
+        ledger = Ledger(self.plan.units(total.units))
         ledger.total = total
         return ledger, set(total.units)
 
@@ -269,17 +240,26 @@ class Scan:
         return cuts
 
 
-def _counts_so_far(path: Path, windows: Mapping[int, Window]) -> Observation:
+def _as_kept(windows: Mapping[int, Window], total: Observation) -> tuple[Any, dict[str, np.ndarray]]:
+    """Counts with the byte ranges they are of: unit sizes may differ when the run is resumed."""
+    facts = {
+        "windows": [[i, *w] for i, w in sorted(windows.items())],
+        "units": sorted(total.units),
+        "nonfinite": [[*key, n] for key, n in total.nonfinite.items()],
+    }
+    arrays = {f"{kind}{i}": getattr(h, kind) for i, h in total.histograms.items() for kind in ("coarse", "fine")}
+    return facts, arrays
+
+
+def _counts_so_far(facts: Any, arrays: Mapping[str, np.ndarray], windows: Mapping[int, Window]) -> Observation:
     """What an interrupted scan of the same windows left; nothing where it had others."""
-    with open(path, "rb") as file, np.load(file) as kept:  # np.load leaves a damaged file open
-        facts = json.loads(kept["facts"].tobytes())
-        if facts["windows"] != [[i, *w] for i, w in sorted(windows.items())] or not facts["units"]:
-            return Observation()
-        return Observation(
-            units={Unit(*u) for u in facts["units"]},
-            nonfinite={(i, name): n for i, name, n in facts["nonfinite"]},
-            histograms={i: Histogram(w, kept[f"coarse{i}"], kept[f"fine{i}"]) for i, w in windows.items()},
-        )
+    if facts["windows"] != [[i, *w] for i, w in sorted(windows.items())] or not facts["units"]:
+        return Observation()
+    return Observation(
+        units={Unit(*u) for u in facts["units"]},
+        nonfinite={(i, name): n for i, name, n in facts["nonfinite"]},
+        histograms={i: Histogram(w, arrays[f"coarse{i}"], arrays[f"fine{i}"]) for i, w in windows.items()},
+    )
 
 
 def sample_slices(plan: MergePlan, times: int = 1) -> tuple[list[tuple[str, int, int]], list[float]]:

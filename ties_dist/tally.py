@@ -7,10 +7,11 @@ size; from there on they are added as integers (multiples of 2^-1074), so that a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -158,6 +159,31 @@ class Tally:
             self.tensors[name].add(tensor)
         else:
             self.tensors[name] = tensor
+
+    def as_kept(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Facts for JSON, and arrays: of a `Snapshot`. Exact sums are hexadecimal there."""
+        parts = self.tensors.values()
+        facts = {
+            "tensors": {name: [t.cells.size, [f"{v:x}" for v in t.gram]] for name, t in self.tensors.items()},
+            "sums": [f"{v:x}" for v in self.signs.sums],
+            "nonfinite": [[*key, count] for key, count in self.nonfinite.items()],
+        }
+        columns = ("cells", "counts", "significands", "conflicts")
+        arrays = {kind: np.concatenate([getattr(t, kind) for t in parts]) for kind in columns if parts}
+        return facts, {"signs": self.signs.counts, **arrays}
+
+    @classmethod
+    def from_kept(cls, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Tally:
+        """The reverse."""
+        tally = cls(Signs(arrays["signs"], [int(v, 16) for v in facts["sums"]]))
+        tally.nonfinite = {(expert, name): count for expert, name, count in facts["nonfinite"]}
+        experts, start = len(tally.signs.counts) - 1, 0
+        for number, (name, (size, gram)) in enumerate(facts["tensors"].items()):
+            cells, counts, significands = (arrays[k][start : start + size] for k in ("cells", "counts", "significands"))
+            conflicts = arrays["conflicts"][number * experts : (number + 1) * experts]
+            tally.tensors[name] = TensorTally(cells, counts, significands, conflicts, [int(v, 16) for v in gram])
+            start += size
+        return tally
 
 
 @dataclass

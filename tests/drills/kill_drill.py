@@ -37,7 +37,7 @@ journalled; before publishing; before the commit point; after it."""
 SETTINGS = {
     "ties_dist.passes:COMMIT_SECONDS": 0.1,
     "ties_dist.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
-    "ties_dist.scan:CHECKPOINT_SECONDS": 0.02,
+    "ties_dist.snapshot:SNAPSHOT_SECONDS": 0.02,
     "ties_dist.scan:SAMPLE_SLICES": 64,
     "ties_dist.executors.local:PARTIAL_SECONDS": 0.01,
 }

@@ -48,7 +48,7 @@ from ties_dist.verify import verify
 SETTINGS = {
     "ties_dist.passes:COMMIT_SECONDS": 0.1,
     "ties_dist.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
-    "ties_dist.scan:CHECKPOINT_SECONDS": 0.1,
+    "ties_dist.snapshot:SNAPSHOT_SECONDS": 0.1,
     "ties_dist.scan:SAMPLE_SLICES": 64,
     "ties_dist.lock:LEASE_SECONDS": 3.0,
     "ties_dist.lock:HEARTBEAT_SECONDS": 0.5,

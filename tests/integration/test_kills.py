@@ -29,7 +29,7 @@ UNITS = 6
 SMALL_STEPS = {
     "ties_dist.passes:COMMIT_SECONDS": -1.0,
     "ties_dist.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
-    "ties_dist.scan:CHECKPOINT_SECONDS": -1.0,
+    "ties_dist.snapshot:SNAPSHOT_SECONDS": -1.0,
     "ties_dist.scan:SAMPLE_SLICES": 32,
     "ties_dist.lock:LEASE_SECONDS": 1.0,
 }

@@ -294,7 +294,7 @@ class Schedule:
         patched.setattr("ties_dist.passes.COMMIT_SECONDS", self.draw.choice([-1.0, 1e9]))
         patched.setattr("ties_dist.passes.SIGNS_FROM", 1e9)
         patched.setattr("ties_dist.scan.SAMPLE_SLICES", 8)
-        patched.setattr("ties_dist.scan.CHECKPOINT_SECONDS", self.draw.choice([-1.0, 1e9, 1e9]))
+        patched.setattr("ties_dist.snapshot.SNAPSHOT_SECONDS", self.draw.choice([-1.0, 1e9, 1e9]))
         patched.setattr("ties_dist.executors.fleet.FIRST_BYTES", self.draw.choice([0, 1 << 20]))
         patched.setattr("ties_dist.passes.Passes.warm_up", lambda passes: None)
         patched.setattr(Site, "open", lambda site, gpus=None: self.world.step(self.name, site))

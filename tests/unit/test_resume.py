@@ -164,7 +164,7 @@ def test_an_interrupted_scan_is_resumed_unit_for_unit(
     unit_size: int, models: list[dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, out = write_job(tmp_path, models), tmp_path / "out"
-    monkeypatch.setattr("ties_dist.scan.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("ties_dist.snapshot.SNAPSHOT_SECONDS", -1.0)
     interrupt(recipe, out, after=3, at=(Worker, "observe"), threshold_pass="scan")
     observed: list[int] = []
     with calling(Worker, "observe", observed.append):
@@ -183,7 +183,7 @@ def test_damaged_counts_of_a_scan_are_counted_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe, out = write_job(tmp_path, models), tmp_path / "out"
-    monkeypatch.setattr("ties_dist.scan.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("ties_dist.snapshot.SNAPSHOT_SECONDS", -1.0)
     interrupt(recipe, out, after=3, at=(Worker, "observe"), threshold_pass="scan")
     counts = next(out.glob(".ties_dist/*/scan.npz"))
     size = counts.stat().st_size
@@ -192,7 +192,7 @@ def test_damaged_counts_of_a_scan_are_counted_again(
     else:
         os.truncate(counts, size // 2 if damage == "cut" else 0)
     report = merge(recipe, out, threshold_pass="scan", cache_dir=tmp_path / "empty")
-    assert "the counts of the interrupted scan are damaged" in caplog.text
+    assert "what the interrupted run had counted is damaged" in caplog.text
     assert report.output_digest == digest(recipe)
 
 

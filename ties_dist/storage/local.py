@@ -163,12 +163,15 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, content: str | bytes | memoryview, check: Callable[[], None] = lambda: None) -> None:
+def write_durably(
+    path: Path, content: str | bytes | memoryview, check: Callable[[], None] = lambda: None, *, shared: bool = False
+) -> None:
     """Write a small file so that it is there wholly or not at all.
 
     check: called when the content is durable, before it gets its name; raises where that must not happen any more.
+    shared: whether other processes may write it at the same time, as in a cache, which no lock guards.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
