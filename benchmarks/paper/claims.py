@@ -1,5 +1,7 @@
 """What the paper claims, each as one function: what is measured, the paper's number or shape, and the verdict's rule.
 
+Each makes the merges that it asks about, since none outlives its claim (`Lab.forget`).
+
 Verdicts follow from the 95 % interval of a paired difference: separated where it excludes 0. Settings are chosen on the
 `dev` slices; every number here is of the `test` slices.
 """
@@ -161,9 +163,7 @@ def methods(labs: Sequence[Lab]) -> Claim:
     chosen: dict[str, str] = {}
     for lab in labs:
         models = experts_of(lab)
-        lab.merge("averaging", "linear", models)
-        lab.merge("task_arithmetic", "task_arithmetic", models, parameters={"lambda": ARITHMETIC_LAMBDA})
-        ties(lab, "ties", models, PAPER_DENSITY, PAPER_LAMBDA)
+        _merge_three(lab, tasks)
         lab.merge("dare_ties", "dare_ties", models, parameters={"density": PAPER_DENSITY, "lambda": ARITHMETIC_LAMBDA})
         for kind, method in (("fisher", "fisher"), ("gram", "regmean")) if lab.domain.subject else ():
             stores = {f"experts/{t}": lab.collect(kind, t, STATISTICS_EXAMPLES) for t in tasks}
@@ -222,7 +222,7 @@ def number_of_tasks(labs: Sequence[Lab]) -> Claim:
         sets = subsets(everything, count, size.subsets)
         for lab in labs:
             for at, tasks in enumerate(sets):
-                _merge_three(lab, f"of-{count}-{at}", tasks)
+                _merge_three(lab, tasks, f"-of-{count}-{at}")
         names = ("averaging", "task_arithmetic", "ties")
         found = {m: over_sets(labs, sets, lambda at, m=m, c=count: f"merged/{m}-of-{c}-{at}") for m in names}  # type: ignore[misc]
         differences.append(
@@ -244,11 +244,12 @@ def number_of_tasks(labs: Sequence[Lab]) -> Claim:
     return claim
 
 
-def _merge_three(lab: Lab, label: str, tasks: Sequence[str]) -> None:
+def _merge_three(lab: Lab, tasks: Sequence[str], label: str = "") -> None:
+    """`merged/averaging`, `merged/task_arithmetic` and `merged/ties`, each with the label behind it."""
     models = [f"experts/{t}" for t in tasks]
-    lab.merge(f"averaging-{label}", "linear", models)
-    lab.merge(f"task_arithmetic-{label}", "task_arithmetic", models, parameters={"lambda": ARITHMETIC_LAMBDA})
-    ties(lab, f"ties-{label}", models, PAPER_DENSITY, PAPER_LAMBDA)
+    lab.merge(f"averaging{label}", "linear", models)
+    lab.merge(f"task_arithmetic{label}", "task_arithmetic", models, parameters={"lambda": ARITHMETIC_LAMBDA})
+    ties(lab, f"ties{label}", models, PAPER_DENSITY, PAPER_LAMBDA)
 
 
 def held_out(labs: Sequence[Lab]) -> Claim | None:
@@ -260,6 +261,8 @@ def held_out(labs: Sequence[Lab]) -> Claim | None:
         columns=("model", "normalised accuracy on the held-out tasks", "against pretrained"),
     )
     tasks = labs[0].domain.held_out
+    for lab in labs:
+        _merge_three(lab, lab.domain.merged)
     models = ("base", "merged/averaging", "merged/task_arithmetic", "merged/ties")
     compare(claim, labs, [(m, m.removeprefix("merged/")) for m in models], "base", tasks)
     difference = gain(labs, "merged/ties", "merged/task_arithmetic", tasks)
@@ -281,7 +284,7 @@ def initialisation(labs: Sequence[Lab]) -> Claim | None:
     for lab in labs:
         for task in tasks:
             rest = [t for t in lab.domain.merged if t != task]
-            _merge_three(lab, f"without-{task}", rest)
+            _merge_three(lab, rest, f"-without-{task}")
             for start in starts:
                 lab.expert([task], start=f"merged/{start}-without-{task}")
     claim.rows.append(("pretrained", 100, ""))
@@ -308,6 +311,8 @@ def ablation(labs: Sequence[Lab]) -> Claim:
         columns=("without", "normalised accuracy", "against TIES"),
     )
     tasks, parts = labs[0].domain.merged, []
+    for lab in labs:
+        _merge_three(lab, tasks)
     for words, density, options in (
         ("the trim", 1.0, {}),
         ("the election", PAPER_DENSITY, {"elect": "none"}),
@@ -337,6 +342,7 @@ def oracle_signs(labs: Sequence[Lab]) -> Claim | None:
     )
     tasks = labs[0].domain.merged
     for lab in labs:
+        _merge_three(lab, tasks)
         ties(lab, "oracle", experts_of(lab), PAPER_DENSITY, PAPER_LAMBDA, elect_from="experts/multitask")
     models = ("merged/ties", "merged/oracle", "experts/multitask")
     compare(claim, labs, [(m, m.partition("/")[2]) for m in models], "merged/ties", tasks)

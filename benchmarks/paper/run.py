@@ -67,6 +67,8 @@ def _measure(labs: list[Lab]) -> list[Claim]:
         if (claim := measure(labs)) is not None:
             claims.append(claim)
             say(f"{labs[0].domain.name}: {claim.title}: {claim.verdict} ({time.monotonic() - started:.0f} s)")
+        for lab in labs:
+            lab.forget()
     return claims
 
 
