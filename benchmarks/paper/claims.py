@@ -22,7 +22,6 @@ from benchmarks.paper.statistics import Estimate, estimate, verdict
 PAPER_DENSITY, PAPER_LAMBDA, ARITHMETIC_LAMBDA = 0.2, 1.0, 0.4
 ARITHMETIC_LAMBDAS, TIES_LAMBDAS = "0.1,0.2,0.3,0.4,0.6,0.8,1", "0.2,0.4,0.8,1.2,1.6,2.4"
 """Lower than the paper's, whose least were chosen here."""
-STATISTICS_EXAMPLES = 128
 
 
 @dataclass
@@ -166,7 +165,7 @@ def methods(labs: Sequence[Lab]) -> Claim:
         _merge_three(lab, tasks)
         lab.merge("dare_ties", "dare_ties", models, parameters={"density": PAPER_DENSITY, "lambda": ARITHMETIC_LAMBDA})
         for kind, method in (("fisher", "fisher"), ("gram", "regmean")) if lab.domain.subject else ():
-            stores = {f"experts/{t}": lab.collect(kind, t, STATISTICS_EXAMPLES) for t in tasks}
+            stores = {f"experts/{t}": lab.collect(kind, t, lab.size.statistics) for t in tasks}
             lab.merge(method, method, models, statistics=stores)
         swept = lab.sweep("arithmetic", "task_arithmetic", models, **{"lambda": ARITHMETIC_LAMBDAS})
         chosen[f"{lab.seed} arithmetic"] = _best(lab, swept, "task_arithmetic-validated")
@@ -175,8 +174,8 @@ def methods(labs: Sequence[Lab]) -> Claim:
     listed = (
         ("base", "pretrained", ""),
         ("merged/averaging", "averaging", ""),
-        ("merged/fisher", "Fisher", f"{STATISTICS_EXAMPLES} examples a task"),
-        ("merged/regmean", "RegMean", f"{STATISTICS_EXAMPLES} examples a task, alpha 0.9"),
+        ("merged/fisher", "Fisher", f"{labs[0].size.statistics} examples a task"),
+        ("merged/regmean", "RegMean", f"{labs[0].size.statistics} examples a task, alpha 0.9"),
         ("merged/task_arithmetic", "task arithmetic", f"lambda {ARITHMETIC_LAMBDA}"),
         ("merged/dare_ties", "DARE-TIES", f"density {PAPER_DENSITY}, lambda {ARITHMETIC_LAMBDA}"),
         ("merged/ties", "TIES", f"density {PAPER_DENSITY}, lambda {PAPER_LAMBDA:g}"),

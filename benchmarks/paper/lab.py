@@ -42,15 +42,18 @@ class Size:
     """Of how many tasks: fine-tunings that start from a merge of the others."""
     subsets: int
     """Draws of experts per number of tasks."""
+    statistics: int
+    """Examples a task for Fisher and RegMean."""
 
 
 QUICK = Size(
     name="quick",
     seeds=(0,),
     slices={"test": 240, "probe": 300, "dev": 120, "tune": 3200},
-    steps=60,
-    restarts=2,
+    steps=40,
+    restarts=1,
     subsets=1,
+    statistics=32,
 )
 FULL = Size(
     name="full",
@@ -59,6 +62,7 @@ FULL = Size(
     steps=100,
     restarts=8,
     subsets=4,
+    statistics=128,
 )
 
 

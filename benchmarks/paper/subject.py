@@ -31,6 +31,22 @@ def make_text(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping
     return module, score
 
 
+def make_use_lite(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str, Any]], Tensor]]:
+    from benchmarks.paper.use_lite import FILES
+    from benchmarks.paper.use_lite_model import SentenceEncoder, load_tokenizer
+
+    module = SentenceEncoder().eval()
+    module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    head, tokenizer = _head(checkpoint), load_tokenizer(FILES / "package" / "dist")
+
+    def score(module: nn.Module, example: Mapping[str, Any]) -> Tensor:
+        token_ids = torch.tensor([tokenizer.encode(example["text"]).ids])
+        embedding = module(token_ids, torch.ones_like(token_ids, dtype=torch.bool))
+        return torch.log_softmax(F.linear(embedding, head["weight"], head["bias"]), -1)[0, example["label"]]
+
+    return module, score
+
+
 def make_vision(checkpoint: Path) -> tuple[nn.Module, Callable[[nn.Module, Mapping[str, Any]], Tensor]]:
     from benchmarks.paper.vision_model import VisionTransformer, images
 

@@ -110,6 +110,35 @@ def test_a_mean_over_sets_of_tasks_is_the_mean_of_their_means() -> None:
     assert (none.mean, none.low, none.high) == (0, 0, 0)
 
 
+def test_the_lite_sentence_encoder_is_what_its_package_computes() -> None:
+    """Tokens, and the first entries and the sum of each embedding: as @energetic-ai/embeddings 0.2.0 prints in Node."""
+    from benchmarks.paper.use_lite import FILES
+    from benchmarks.paper.use_lite_model import SentenceEncoder, load_tokenizer, load_weights
+
+    if not (files := FILES / "package" / "dist").exists():
+        pytest.skip("the lite Universal Sentence Encoder is not fetched (make paper fetches it)")
+    module, tokenizer = SentenceEncoder(), load_tokenizer(files)
+    module.load_state_dict(load_weights(files))
+    texts = ["The quick brown fox jumps over the lazy dog.", "na\u00efve caf\u00e9 \u2603 \u6f22\u5b57", "hello"]
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    assert encoded == [
+        [34, 2280, 3744, 1394, 152, 2009, 7, 132, 9, 6266, 959, 6],
+        [1216, 0, 105, 976, 209, 1133, 30, 0, 30, 0],
+        [2002, 102],
+    ]
+    token_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True)
+    mask = torch.arange(token_ids.shape[1]) < torch.tensor([len(ids) for ids in encoded])[:, None]
+    with torch.no_grad():
+        found = module(token_ids, mask)
+    first = [
+        [-0.013533826, -0.042563953, 0.036842674, -0.005917669],
+        [-0.021375619, -0.010287783, -0.046449061, -0.021262642],
+        [0.041678268, -0.022362586, -0.047607515, -0.049278781],
+    ]
+    torch.testing.assert_close(found[:, :4], torch.tensor(first), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.sum(1), torch.tensor([0.39737143, 1.16812218, -0.23612677]), atol=2e-5, rtol=0)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of transformers
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapters_are_what_peft_applies(kind: str, tmp_path: Path) -> None:
