@@ -170,13 +170,13 @@ def _sort(entry: TensorEntry, base: Checkpoint, found: dict[str, _Parts], proble
     match = _PART.fullmatch(plain)
     if match is None:
         saved = plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        target = stored_name(saved, base)
+        target = base.find(saved)
         if target is None:
             problems.append(f"{show(entry.name)}: the base has no tensor {show(saved)}")
         else:
             found.setdefault(target, _Parts()).replaced = entry
         return
-    target = stored_name(f"{match['module']}.weight", base)
+    target = base.find(f"{match['module']}.weight")
     if target is None:
         problems.append(f"{show(entry.name)}: the base has no tensor {show(match['module'] + '.weight')}")
     elif match["rest"] == "bias":
@@ -185,16 +185,6 @@ def _sort(entry: TensorEntry, base: Checkpoint, found: dict[str, _Parts], proble
         parts = found.setdefault(target, _Parts())
         parts.parts[match["part"]] = entry
         parts.module = match["module"]
-
-
-def stored_name(name: str, base: Checkpoint) -> str | None:
-    """A tensor's name in the checkpoint; models with a head have the body's names behind one more word."""
-    if name in base.tensors:
-        return name
-    if (shorter := name.partition(".")[2]) in base.tensors:
-        return shorter
-    longer = [n for n in base.tensors if n.partition(".")[2] == name]
-    return longer[0] if len(longer) == 1 else None
 
 
 def _change(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list[str]) -> Change | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Final
 
@@ -65,6 +66,24 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of tensor data, headers not counted."""
         return sum(entry.nbytes for entry in self.tensors.values())
+
+    def find(self, name: str) -> str | None:
+        """What a module's parameter is called here: models with a head have the body's names behind one more word."""
+        if name in self.tensors:
+            return name
+        shorter = name.partition(".")[2]
+        if shorter and shorter in self.tensors:
+            return shorter
+        longer = self._behind_a_word.get(name, [])
+        return longer[0] if len(longer) == 1 else None
+
+    @cached_property
+    def _behind_a_word(self) -> Mapping[str, Sequence[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            if rest := name.partition(".")[2]:
+                found.setdefault(rest, []).append(name)
+        return found
 
 
 def open_checkpoint(path: Path, *, name: str, reader: Callable[[Path], Reader]) -> Checkpoint:

@@ -179,7 +179,7 @@ def _wanted(kind: Kind, subject: Subject, catalogue: Checkpoint) -> list[Wanted]
 
 def _parameters(subject: Subject, catalogue: Checkpoint) -> Iterator[Wanted]:
     for name, parameter in subject.module.named_parameters():
-        tensor = _stored_name(name, subject, catalogue)
+        tensor = catalogue.find(name)
         if tensor is not None and tuple(parameter.shape) == catalogue.tensors[tensor].shape:
             # The sum, the gradient, its square.
             yield Wanted(
@@ -189,7 +189,7 @@ def _parameters(subject: Subject, catalogue: Checkpoint) -> Iterator[Wanted]:
 
 def _layers(subject: Subject, catalogue: Checkpoint) -> Iterator[Wanted]:
     for name, layer in subject.module.named_modules():
-        tensor = _stored_name(f"{name}.weight", subject, catalogue)
+        tensor = catalogue.find(f"{name}.weight")
         by_inputs = type(layer).__name__ == "Conv1D"  # GPT-2's: stored (in, out)
         if tensor is None or not (_is_linear(layer) or by_inputs):
             continue
@@ -203,12 +203,6 @@ def _is_linear(layer: nn.Module) -> bool:
     import torch
 
     return isinstance(layer, torch.nn.Linear)
-
-
-def _stored_name(name: str, subject: Subject, catalogue: Checkpoint) -> str | None:
-    """A parameter's name in the checkpoint: models with a head have the body's names behind a prefix."""
-    candidates = [name, *(name.removeprefix(p) for p in subject.prefixes), *(p + name for p in subject.prefixes)]
-    return next((c for c in candidates if c in catalogue.tensors), None)
 
 
 def _groups(wanted: Sequence[Wanted], budget: int) -> Iterator[list[Wanted]]:

@@ -28,8 +28,6 @@ class Subject:
 
     module: nn.Module
     score: Callable[[nn.Module, Example], Tensor]
-    prefixes: tuple[str, ...] = ()
-    """What names of its parameters may have before, or lack of, the names in the checkpoint."""
 
 
 def load_subject(checkpoint: Path, kind: str, *, function: str | None, max_length: int) -> Subject:
@@ -91,8 +89,7 @@ def _from_transformers(checkpoint: Path, kind: str, max_length: int) -> Subject:
             return output.sum()
         return score(module, tokenizer, inputs, example)
 
-    prefix = str(module.base_model_prefix)
-    return Subject(module, scored, (f"{prefix}.",) if prefix else ())
+    return Subject(module, scored)
 
 
 def _field(example: Example, name: str) -> Any:

@@ -218,6 +218,24 @@ def test_odd_names_are_kept_as_they_are(tmp_path: Path) -> None:
     assert list(catalogue(folder(tmp_path, {"model.safetensors": floats(*names)})).tensors) == names
 
 
+@pytest.mark.parametrize(
+    ("stored", "asked", "found"),
+    [
+        (["model.embed", "lm_head"], "model.embed", "model.embed"),
+        (["model.embed", "lm_head"], "embed", "model.embed"),  # the body's own name, of a model with a head
+        (["embed"], "model.embed", "embed"),
+        (["encoder.embed", "decoder.embed"], "embed", None),  # which of them is not known
+        (["encoder.embed", "embed"], "embed", "embed"),
+        (["", "x"], "embed", None),
+        (["a.b.c"], "c", None),
+    ],
+)
+def test_a_parameter_is_found_with_and_without_the_word_of_its_head(
+    stored: list[str], asked: str, found: str | None, tmp_path: Path
+) -> None:
+    assert catalogue(folder(tmp_path, {"model.safetensors": floats(*stored)})).find(asked) == found
+
+
 def test_files_that_differ_in_values_only_have_one_identity(tmp_path: Path) -> None:
     raw = floats("a")
     folder(tmp_path, {"a.safetensors": raw, "b.safetensors": raw[:-1] + b"\x01", "c.safetensors": floats("b")})
