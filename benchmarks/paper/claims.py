@@ -262,8 +262,13 @@ def held_out(labs: Sequence[Lab]) -> Claim | None:
     tasks = labs[0].domain.held_out
     for lab in labs:
         _merge_three(lab, lab.domain.merged)
-    models = ("base", "merged/averaging", "merged/task_arithmetic", "merged/ties")
-    compare(claim, labs, [(m, m.removeprefix("merged/")) for m in models], "base", tasks)
+    listed = (
+        ("base", "pretrained"),
+        ("merged/averaging", "averaging"),
+        ("merged/task_arithmetic", "task arithmetic"),
+        ("merged/ties", "TIES"),
+    )
+    compare(claim, labs, listed, "base", tasks)
     difference = gain(labs, "merged/ties", "merged/task_arithmetic", tasks)
     claim.rows.append(("TIES against task arithmetic", "", difference))
     claim.verdict = verdict(difference, expected=1)
@@ -343,8 +348,12 @@ def oracle_signs(labs: Sequence[Lab]) -> Claim | None:
     for lab in labs:
         _merge_three(lab, tasks)
         ties(lab, "oracle", experts_of(lab), PAPER_DENSITY, PAPER_LAMBDA, elect_from="experts/multitask")
-    models = ("merged/ties", "merged/oracle", "experts/multitask")
-    compare(claim, labs, [(m, m.partition("/")[2]) for m in models], "merged/ties", tasks)
+    listed = (
+        ("merged/ties", "TIES"),
+        ("merged/oracle", "TIES with the multitask model's signs"),
+        ("experts/multitask", "multitask"),
+    )
+    compare(claim, labs, listed, "merged/ties", tasks)
     claim.verdict = verdict(gain(labs, "merged/oracle", "merged/ties", tasks), expected=1)
     return claim
 
