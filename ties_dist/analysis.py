@@ -144,11 +144,11 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the analysis cost. resumed_bytes: of the output, times models, that an interrupted run had counted.
-    thresholds_from: 'sample', 'cache' or both. cached: read from the statistics store."""
+    """What the analysis cost. resumed_fraction: of the work, that an interrupted run had done. thresholds_from:
+    'sample', 'cache' or both. cached: read from the statistics store."""
 
     bytes_read: int = 0
-    resumed_bytes: int = 0
+    resumed_fraction: float = 0.0
     input_bytes: int = 0
     elapsed_seconds: float = 0.0
     peak_rss_bytes: int = 0

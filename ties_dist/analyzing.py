@@ -54,7 +54,7 @@ READ_AHEAD = 2
 """Units that are read while others are counted, one per thread; the plan has room for four."""
 DOCUMENT, PAGE = "analysis.json", "report.html"
 ANALYSES = "analyses"
-"""Finished ones, in a folder beside the statistics."""
+"""Finished ones and the counts of interrupted ones, in a folder beside the statistics."""
 
 
 def analyze(
@@ -101,9 +101,11 @@ def analyze(
         try:
             found = _measure(job, chosen, StatisticsStore(cache), executor, progress or LogProgress(), snapshot)
         except StoppedError:
-            raise StoppedError("stopped; what was counted is kept. Run the same command again to go on.") from None
+            raise StoppedError(
+                "stopped. Run the same command again: it goes on from the counts that are kept."
+            ) from None
         _keep(found, kept)
-        snapshot.drop()
+    snapshot.drop()
     found = replace(found, run=replace(found.run, elapsed_seconds=time.monotonic() - began))
     if folder is not None:
         _write(found, folder)
@@ -154,11 +156,11 @@ def _measure(
     worker = Worker(plan, opener(plan, job.resources.backend))
     question, source = ask(plan, density, store, worker)
     done, tally = _resume(question, snapshot)
-    resumed = sum(unit.nbytes for unit in done) * (models := len(plan.experts) + 1)
+    resumed, models = sum(unit.nbytes for unit in done), len(plan.experts) + 1
     units = list(plan.units(done))
     step = TallyStep(worker, MemoryWriter(), turns=threading.Semaphore(plan.threads))
     with phase(progress, "analyze", plan.layout.total_bytes * models):
-        progress.advance(resumed)
+        progress.advance(resumed * models)
         try:
             for unit, part in executor.call(step, Analyse(question.bits, question.chosen), units):
                 tally.add(part)
@@ -176,7 +178,7 @@ def _measure(
     found = summarise(question, tally)
     run = Run(
         bytes_read=worker.requested_bytes,
-        resumed_bytes=resumed,
+        resumed_fraction=resumed / plan.layout.total_bytes,
         input_bytes=input_bytes(plan),
         peak_rss_bytes=peak_rss_bytes(),
         projected_bytes=plan.projected_bytes,
@@ -256,7 +258,9 @@ def _key(job: Job, density: float) -> str:
     counted = [(t.source, t.numel) for t in plan.counted]
     models = [(m.name, m.identity) for m in (plan.base, *plan.experts)]
     method = (plan.method.name, plan.method.trim, density, DENSITIES)
-    facts = (VERSION, method, models, counted, job.notes, sorted(job.stamps.items()))
+    # What is counted of an interrupted one are byte ranges of the output's files, and sums are rounded at their MiB.
+    layout = [(shard.name, shard.size, shard.tensors) for shard in plan.layout.shards]
+    facts = (VERSION, method, models, counted, layout, job.notes, sorted(job.stamps.items()))
     return digest(repr(facts).encode())
 
 
@@ -269,7 +273,7 @@ def _kept(path: Path) -> Analysis | None:
         logger.warning("the kept analysis %s is unreadable (%s): reading the inputs", path.name, type(error).__name__)
         return None
     logger.info("these inputs were analysed before: taken from the statistics store")
-    run = replace(found.run, cached=True, bytes_read=0, resumed_bytes=0, peak_rss_bytes=peak_rss_bytes())
+    run = replace(found.run, cached=True, bytes_read=0, resumed_fraction=0.0, peak_rss_bytes=peak_rss_bytes())
     return replace(found, run=run)
 
 

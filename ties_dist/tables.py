@@ -180,7 +180,7 @@ def analysis_table(found: Analysis, *, detailed: bool = False) -> None:
         "taken from the statistics store, without a read"
         if run.cached
         else f"read {readable(run.bytes_read)}, {run.bytes_read / max(1, run.input_bytes):.2f} times the inputs"
-    ) + (f", {readable(run.resumed_bytes)} before it was interrupted" if run.resumed_bytes else "")
+    ) + (f" after {run.resumed_fraction:.0%} was counted by an interrupted run" if run.resumed_fraction else "")
     console.print(
         f"{cost}, in {run.elapsed_seconds:.1f} s; peak memory {readable(run.peak_rss_bytes)} of "
         f"{readable(run.projected_bytes)} projected",

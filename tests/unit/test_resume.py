@@ -192,7 +192,7 @@ def test_damaged_counts_of_a_scan_are_counted_again(
     else:
         os.truncate(counts, size // 2 if damage == "cut" else 0)
     report = merge(recipe, out, threshold_pass="scan", cache_dir=tmp_path / "empty")
-    assert "what the interrupted run had counted is damaged" in caplog.text
+    assert "what an interrupted run had counted is damaged" in caplog.text
     assert report.output_digest == digest(recipe)
 
 
