@@ -55,7 +55,7 @@ LAYERS = [
         "summary",
         "publish",
     }
-    | {"resume", "site", "preflight", "analysis"},
+    | {"resume", "site", "preflight", "analysis", "snapshot"},
     {"scan", "passes", "engine", "verify", "summing"},
     {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "talk", "cli", "__main__"}
     | {"__init__", "subjects", "collecting", "analyzing", "analysis_page", "charts"},
