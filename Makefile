@@ -35,7 +35,7 @@ drill-ray: .venv/installed
 	$(BIN)/python -m tests.drills.ray_drill --runs 200 --report
 
 # The paper's claims, on twelve text tasks and (the whole) with a second base model and on twelve tasks of images; the
-# whole takes hours on two cores and 25 GB of disk.
+# whole takes hours on two cores and 30 GB of disk.
 paper-quick: .venv/installed
 	$(BIN)/python $(PIP) --editable '.[demo,paper]'
 	$(BIN)/python -m benchmarks.paper.run --quick --report
