@@ -107,7 +107,11 @@ class OutFolder:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
         indexed = len(shards) == 1 or (self.path / INDEX_NAME).is_file()
-        return report if same and whole and indexed else None
+        return report if same and whole and indexed and not self.lost_companions() else None
+
+    def lost_companions(self) -> list[str]:
+        """Files that the model here was published with, and without which it may not load."""
+        return sorted(name for name in self.companions() if not (self.path / name).is_file())
 
     def lacks_files(self) -> bool:
         """Whether all model files here are whole ones of this merge, so that merging again harms nothing."""

@@ -21,12 +21,14 @@ from ties_dist.publish import OutFolder
 
 WATCHED_SECONDS = 1.6 * HEARTBEAT_SECONDS
 LOOKS = 5
-State = Literal["merging", "interrupted", "finished", "empty"]
+State = Literal["merging", "interrupted", "finished", "damaged", "empty"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """state: `merging` where a holder's lease moves. durable_bytes: of the output, in journals; total_bytes: of it all.
+    """state: `merging` where a holder's lease moves, `damaged` where a model has lost files.
+
+    durable_bytes: of the output, in journals; total_bytes: of it all.
 
     phase, phase_bytes, phase_total, phase_seconds: what the holder told of its own work in its latest lease.
     """
@@ -70,7 +72,7 @@ def _status(out: Path, watched_seconds: float) -> Status:
     done = folder.finished()
     if lease is None and run is None:
         if done is None:
-            return Status(state="empty")
+            return Status(state="damaged" if folder.holds_model() or folder.stamps() else "empty")
         return Status(state="finished", fingerprint=done.fingerprint, output_digest=done.output_digest)
     durable, total, thresholds = _progress(folder, run)
     told = lease or {}
@@ -131,6 +133,8 @@ def describe(found: Status) -> str:
     """For people."""
     if found.state == "empty":
         return "nothing was merged here yet."
+    if found.state == "damaged":
+        return "files of a finished model are missing or cut short: run its merge again."
     if found.state == "finished":
         return f"finished: digest {found.output_digest}, fingerprint {found.fingerprint}."
     share = f"{found.durable_bytes / found.total_bytes:.0%}" if found.total_bytes else "0%"

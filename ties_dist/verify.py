@@ -20,7 +20,7 @@ from ties_dist.passes import Forgetful, Passes
 from ties_dist.planning import Unit, readable
 from ties_dist.prepare import Job, Resources, prepare
 from ties_dist.progress import Progress, phase
-from ties_dist.publish import RECIPE_COPY, STATE
+from ties_dist.publish import RECIPE_COPY, STATE, OutFolder
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.local import LocalWriter
 from ties_dist.storage.readers import open_reader
@@ -92,7 +92,8 @@ def _check_blocks(
     out: Path, manifest: Mapping[str, Any], *, sha256: bool, progress: Progress
 ) -> tuple[dict[str, str], int]:
     """Hash every block of every shard. Returns sha256 sums by file (if asked) and the number of blocks."""
-    problems: list[str] = []
+    folder = OutFolder(path=out, fingerprint=manifest["fingerprint"])
+    problems = [f"{name}: missing" for name in folder.lost_companions()]
     sums: dict[str, str] = {}
     blocks = 0
     reader = open_reader(out)

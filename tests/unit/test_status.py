@@ -13,10 +13,13 @@ import pytest
 import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.unit.test_resume import interrupt
-from ties_dist.errors import OutputError
+from ties_dist.errors import DamageError, OutputError
 from ties_dist.journal import Record, read_journals
 from ties_dist.lock import Holder, RunLock
+from ties_dist.prepare import Resources
+from ties_dist.progress import LogProgress
 from ties_dist.status import describe, status
+from ties_dist.verify import verify
 
 
 @pytest.fixture
@@ -62,6 +65,23 @@ def test_a_finished_merge_tells_its_digest(recipe: Path, tmp_path: Path) -> None
     found = status(tmp_path / "out")
     assert (found.state, found.output_digest) == ("finished", report.output_digest)
     assert report.output_digest in describe(found)
+
+
+@pytest.mark.parametrize("lost", ["README.md", "ties_dist_recipe.yml", "model.safetensors"])
+def test_a_model_that_lost_a_file_is_not_finished_and_the_same_merge_mends_it(
+    lost: str, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = ties_dist.merge(recipe, out)
+    content = (out / lost).read_bytes()
+    (out / lost).unlink()
+    assert status(out).state == "damaged" and "missing" in describe(status(out))
+    with pytest.raises(DamageError, match=rf"{lost}: missing"):
+        verify(out, progress=LogProgress(), resources=Resources())
+    again = ties_dist.merge(recipe, out)
+    assert not again.already_done and again.output_digest == report.output_digest
+    assert (out / lost).read_bytes() == content and status(out).state == "finished"
+    verify(out, progress=LogProgress(), resources=Resources())
 
 
 def test_an_interrupted_merge_tells_what_is_durable(recipe: Path, tmp_path: Path) -> None:
