@@ -240,7 +240,7 @@ def _collect(
     with phase(progress, name, size), torch.set_grad_enabled(kind == "fisher"), watch(subject, group) as (see, sums):
         for read, example in _examples(data, count):
             if stop is not None and stop.is_set():
-                raise StoppedError("stopped; the same command goes on with what is left.")
+                raise StoppedError("stopped; the same command goes on behind the last whole group of tensors.")
             see(example)
             progress.advance(read)
         scale = 1 / count if kind == "fisher" else 1.0

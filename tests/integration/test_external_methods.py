@@ -42,6 +42,12 @@ class Largest(Method):
 
 class NoMethod:
     pass
+
+class Half(Method):
+    operand: ClassVar[str] = "delta"
+
+    def merge(self, base, operands, extras, state, position):
+        return base, []
 '''
 
 
@@ -59,6 +65,19 @@ def test_it_merges_as_its_code_says(package: str, merge_job: Checkpoints, tmp_pa
     recipe = merge_job([base, *experts], method=f"{package}:Largest", parameters={"lambda": 2.0})
     ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [2.0, -1.0, 1.0]
+
+
+def test_the_example_of_the_docs_is_a_method(
+    merge_job: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    (code,) = (part.partition("```")[0] for part in text.split("```python\n")[1:] if "(Method)" in part)
+    (tmp_path / "documented_method.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    models = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.5, 0.0])}, {"w": torch.tensor([0.75, 1.25])}]
+    recipe = merge_job(models, method="documented_method:Largest", parameters={"lambda": 2.0})
+    ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [2.0, -1.0]
 
 
 def test_it_is_compiled_to_the_bytes_it_gives_eagerly(package: str, merge_job: Checkpoints, tmp_path: Path) -> None:
@@ -86,6 +105,7 @@ def test_without_leave_it_is_refused_before_it_is_imported(
     [
         ("{}:Missing", "has no attribute 'Missing'"),
         ("{}:NoMethod", "is no subclass of ties_dist.methods.Method"),
+        ("{}:Half", "lacks name, summary, parameters, state; docs/recipe.md has an example"),
         ("no_such_package.module:Largest", "No module named 'no_such_package'"),
     ],
 )

@@ -19,6 +19,10 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+REQUIRED = ("name", "summary", "operand", "parameters", "state", "merge")
+"""What a method of another package has to say."""
+
+
 class External(dict[str, type[Method]]):
     """Our methods, and those of other packages, named `package.module:Class`: looking one up runs its code."""
 
@@ -29,9 +33,15 @@ class External(dict[str, type[Method]]):
         try:
             method = getattr(importlib.import_module(module), found)
         except (ImportError, AttributeError, ValueError) as error:
-            raise RecipeError(f"merge_method {name}: {error}. It must be importable where ties_dist runs.") from error
+            raise RecipeError(
+                f"merge_method {name}: {error}. It must be importable where ties_dist runs: installed, or with its "
+                "folder in PYTHONPATH."
+            ) from error
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise RecipeError(f"merge_method {name} is no subclass of ties_dist.methods.Method.")
+        lacks = [part for part in REQUIRED if getattr(method, part, None) in (None, getattr(Method, part, None))]
+        if lacks:
+            raise RecipeError(f"merge_method {name} lacks {', '.join(lacks)}; docs/recipe.md has an example.")
         return method
 
     def get(self, name: str, default: object = None) -> type[Method]:
