@@ -63,20 +63,20 @@ def whole_model_against_per_tensor(labs: Sequence[Lab]) -> Claim:
         columns=("density", "whole model", "per tensor", "difference"),
         x_label="density",
     )
-    tasks, differences = labs[0].domain.merged, []
+    tasks = labs[0].domain.merged
+    found: dict[str, list[str]] = {}
     for density in (0.05, 0.1, 0.2):
         for lab in labs:
             for scope in ("model", "tensor"):
                 ties(lab, f"{scope}-{density}", experts_of(lab), density, PAPER_LAMBDA, trim_scope=scope)
         whole, each = (score(labs, f"merged/{scope}-{density}", tasks) for scope in ("model", "tensor"))
         difference = gain(labs, f"merged/model-{density}", f"merged/tensor-{density}", tasks)
-        differences.append(difference)
+        better = "whole-model better" if difference.mean > 0 else "per-tensor better"
+        found.setdefault(better if difference.separated else "not separable", []).append(f"{density}")
         claim.rows.append((density, whole, each, difference))
         claim.series.setdefault("whole model", []).append((density, whole))
         claim.series.setdefault("per tensor", []).append((density, each))
-    better = [d for d in differences if d.separated and d.mean > 0]
-    worse = [d for d in differences if d.separated and d.mean < 0]
-    claim.verdict = f"whole-model better at {len(better)}, worse at {len(worse)}, not separable at the others"
+    claim.verdict = "; ".join(f"{words} at density {', '.join(densities)}" for words, densities in found.items())
     kept = ", ".join(f"{kind} {share:.1%}" for kind, share in labs[0].budget("model-0.1").items())
     claim.notes = f"At density 0.1 the whole-model trim keeps of each kind of weight, seed {labs[0].seed}: {kept}."
     return claim
