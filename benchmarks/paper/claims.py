@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from benchmarks.paper.flips import flip_signs
 from benchmarks.paper.lab import Lab
+from benchmarks.paper.processes import at_once
 from benchmarks.paper.scores import gain, groups_of, over_sets, own_task, score, subsets, values_of
 from benchmarks.paper.statistics import Estimate, estimate, verdict
 
@@ -165,8 +167,8 @@ def methods(labs: Sequence[Lab]) -> Claim:
         _merge_three(lab, tasks)
         lab.merge("dare_ties", "dare_ties", models, parameters={"density": PAPER_DENSITY, "lambda": ARITHMETIC_LAMBDA})
         for kind, method in (("fisher", "fisher"), ("gram", "regmean")) if lab.domain.subject else ():
-            stores = {f"experts/{t}": lab.collect(kind, t, lab.size.statistics) for t in tasks}
-            lab.merge(method, method, models, statistics=stores)
+            stores = at_once(partial(lab.collect, kind, task, lab.size.statistics) for task in tasks)
+            lab.merge(method, method, models, statistics=dict(zip(models, stores, strict=True)))
         swept = lab.sweep("arithmetic", "task_arithmetic", models, **{"lambda": ARITHMETIC_LAMBDAS})
         chosen[f"{lab.seed} arithmetic"] = _best(lab, swept, "task_arithmetic-validated")
         swept = lab.sweep("ties", "ties", models, density="0.1,0.2,0.3", **{"lambda": TIES_LAMBDAS})
@@ -289,8 +291,7 @@ def initialisation(labs: Sequence[Lab]) -> Claim | None:
         for task in tasks:
             rest = [t for t in lab.domain.merged if t != task]
             _merge_three(lab, rest, f"-without-{task}")
-            for start in starts:
-                lab.expert([task], start=f"merged/{start}-without-{task}")
+            at_once(partial(lab.expert, [task], start=f"merged/{start}-without-{task}") for start in starts)
     claim.rows.append(("pretrained", 100, ""))
     found = {}
     for start in starts:
@@ -374,7 +375,7 @@ def adapters(labs: Sequence[Lab]) -> Claim | None:
     for kind in labs[0].domain.adapters:
         own = f"merged/{kind}-alone"
         for lab in labs:
-            experts = [lab.adapter(kind, task) for task in tasks]
+            experts = at_once(partial(lab.adapter, kind, task) for task in tasks)
             for task, expert in zip(tasks, experts, strict=True):
                 lab.merge(f"{kind}-alone/{task}", "task_arithmetic", [expert])
             for method, name, parameters in (

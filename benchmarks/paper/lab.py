@@ -51,8 +51,8 @@ class Size:
 QUICK = Size(
     name="quick",
     seeds=(0,),
-    slices={"test": 160, "probe": 300, "dev": 80, "tune": 3200},
-    steps=30,
+    slices={"test": 120, "probe": 300, "dev": 60, "tune": 3200},
+    steps=25,
     restarts=1,
     subsets=1,
     statistics=32,
@@ -94,6 +94,10 @@ class Lab:
             self.make("base", self.base, made_from)
         for name, task in self.tasks.items():
             self.heads[name] = self._head(task)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without the model that was loaded last."""
+        return {name: value for name, value in vars(self).items() if name != "_last"}
 
     # -- models
 

@@ -8,12 +8,14 @@ import os
 import shutil
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from benchmarks.paper import ROOT
 from benchmarks.paper.claims import CLAIMS, Claim
 from benchmarks.paper.domain import Domain
 from benchmarks.paper.lab import FULL, QUICK, Lab, Size, say
+from benchmarks.paper.processes import at_once
 from benchmarks.paper.report import write_report
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,11 +60,9 @@ def _labs(domain: Domain, size: Size, build: Path) -> list[Lab]:
     """With all experts trained, or fetched."""
     began = time.monotonic()
     labs = [Lab(domain=domain, size=size, seed=seed, build=build) for seed in size.seeds]
-    for lab in labs:
-        for task in (*domain.merged, *domain.held_out):
-            lab.expert([task])
-        if domain.trains:
-            lab.expert(list(domain.merged))
+    sets = [list(domain.merged)] if domain.trains else []
+    sets += [[task] for task in (*domain.merged, *domain.held_out)]
+    at_once(partial(lab.expert, tasks) for lab in labs for tasks in sets)
     say(f"{domain.name}: experts in {time.monotonic() - began:.0f} s")
     return labs
 

