@@ -22,7 +22,7 @@ from benchmarks.paper.scores import gain, groups_of, over_sets, own_task, score,
 from benchmarks.paper.statistics import Estimate, estimate, verdict
 
 PAPER_DENSITY, PAPER_LAMBDA, ARITHMETIC_LAMBDA = 0.2, 1.0, 0.4
-ARITHMETIC_LAMBDAS, TIES_LAMBDAS = "0.1,0.2,0.3,0.4,0.6,0.8,1", "0.2,0.4,0.8,1.2,1.6,2.4"
+ARITHMETIC_LAMBDAS, TIES_LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0), (0.2, 0.4, 0.8, 1.2, 1.6, 2.4)
 """Lower than the paper's, whose least were chosen here."""
 
 
@@ -169,9 +169,9 @@ def methods(labs: Sequence[Lab]) -> Claim:
         for kind, method in (("fisher", "fisher"), ("gram", "regmean")) if lab.domain.subject else ():
             stores = at_once(partial(lab.collect, kind, task, lab.size.statistics) for task in tasks)
             lab.merge(method, method, models, statistics=dict(zip(models, stores, strict=True)))
-        swept = lab.sweep("arithmetic", "task_arithmetic", models, **{"lambda": ARITHMETIC_LAMBDAS})
+        swept = lab.sweep("arithmetic", "task_arithmetic", models, lam=ARITHMETIC_LAMBDAS)
         chosen[f"{lab.seed} arithmetic"] = _best(lab, swept, "task_arithmetic-validated")
-        swept = lab.sweep("ties", "ties", models, density="0.1,0.2,0.3", **{"lambda": TIES_LAMBDAS})
+        swept = lab.sweep("ties", "ties", models, density=(0.1, 0.2, 0.3), lam=TIES_LAMBDAS)
         chosen[f"{lab.seed} ties"] = _best(lab, swept, "ties-validated")
     listed = (
         ("base", "pretrained", ""),

@@ -1,4 +1,4 @@
-"""Models on disk, made once: heads, experts, merges by the command line, and what each gets right.
+"""Models on disk, made once: heads, experts, merges, and what each gets right.
 
 Everything is kept under the build folder with a digest of what it was made from, so that a run that was killed goes on,
 and a change trains again only what depends on it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tasks import Task
 
 import ties_dist
-from benchmarks.paper import ROOT, peft_experts
+from benchmarks.paper import peft_experts
 from benchmarks.paper.domain import Domain
 from benchmarks.paper.peft_experts import Kind, Tensors
 from ties_dist.errors import OutputError
@@ -84,14 +83,13 @@ class Lab:
     def __post_init__(self) -> None:
         self.folder = self.build / self.domain.name / self.size.name / f"seed-{self.seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.base = self.domain.base(self.build)
         names = (*self.domain.merged, *self.domain.held_out)
         self.tasks = {task.name: task for task in self.domain.load_tasks(names, self.size.slices, self.seed)}
         self.store = self.folder / "scores.json"
         self._scores = json.loads(self.store.read_text()) if self.store.exists() else {}
         made_from = [self.domain.base_name, self.domain.code()]
         if not self.made("base", made_from):  # once: merges know their inputs by the time of the file
-            self.make("base", self.base, made_from)
+            self.make("base", self.domain.base(self.build), made_from)
         for name, task in self.tasks.items():
             self.heads[name] = self._head(task)
 
@@ -137,7 +135,7 @@ class Lab:
         if not self.made(name, made_from):
             head = self.domain.head(task)
             if head is None:
-                features = self.domain.features(self.base, task.probe)
+                features = self.domain.features(self._loaded("base"), task.probe)
                 head = fit_head(features, label_tensor(task.probe), len(task.labels))
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"weight": head.weight, "bias": head.bias}, file)
@@ -172,8 +170,8 @@ class Lab:
         made_from = [self.domain.code(), peft_experts.code(), task_digest(self.tasks[task]), self.size.steps, self.seed]
         if not self.made(name, made_from):
             began = time.monotonic()
-            head, steps = self.heads[task], self.size.steps
-            tuned = self.domain.tune_adapter(kind, self.base, head, self.tasks[task], steps=steps, seed=self.seed)
+            base, head, steps = self.load("base"), self.heads[task], self.size.steps
+            tuned = self.domain.tune_adapter(kind, base, head, self.tasks[task], steps=steps, seed=self.seed)
             tuned.write(self.path(name))
             self._stamp(name, made_from)
             say(f"{self.domain.name}, seed {self.seed}: {name}, {steps} steps in {time.monotonic() - began:.0f} s")
@@ -201,15 +199,14 @@ class Lab:
             for kind in sorted(kinds, key=lambda kind: -kind.elements)
         }
 
-    def sweep(self, name: str, method: str, models: Sequence[str], **values: str) -> dict[tuple[float, ...], str]:
-        """Merges of one read, by value; values: what `ties-dist sweep` takes."""
-        parameters = {"density": 0.2} if "density" in values else {}  # replaced by the sweep's
+    def sweep(
+        self, name: str, method: str, models: Sequence[str], *, density: Sequence[float] = (), lam: Sequence[float]
+    ) -> dict[tuple[float, ...], str]:
+        """Merges of one read, by density, where it is given, and lambda."""
+        parameters = {"density": 0.2} if density else {}  # replaced by the sweep's
         file, out = self._recipe(name, method, models, parameters=parameters), self.path(f"swept/{name}")
-        options = [part for key, value in values.items() for part in (f"--{key}", value)]
-        done = self._run(["sweep", str(file), str(out), *options, "--json", "--quiet", "--overwrite", "--fresh"])
-        return {
-            tuple(one["values"].values()): str(Path(one["out"]).relative_to(self.folder)) for one in json.loads(done)
-        }
+        done = ties_dist.sweep(file, out, density=density, lam=lam, overwrite=True, fresh=True)
+        return {tuple(one.variant.values.values()): str(one.path.relative_to(self.folder)) for one in done}
 
     def _recipe(
         self,
@@ -256,13 +253,6 @@ class Lab:
         except OutputError:  # of an expert that was trained again since
             collect(fresh=True)
         return out
-
-    def _run(self, arguments: Sequence[str]) -> str:
-        command = [sys.executable, "-m", "ties_dist", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-        return done.stdout
 
     # -- what they get right
 

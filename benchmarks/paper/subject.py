@@ -1,4 +1,4 @@
-"""The models that `ties-dist collect` runs: an expert under its task's frozen head (`lab.Lab.collect`)."""
+"""The models that `ties_dist.collect` runs: an expert under its task's frozen head (`lab.Lab.collect`)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ class UseLite(Text):
     adapters: tuple[Kind, ...] = ()
 
     def __init__(self) -> None:
-        self.module = SentenceEncoder()
+        with torch.device("meta"):  # the code alone: weights come with each call
+            self.module = SentenceEncoder()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
