@@ -32,25 +32,25 @@ from xxhash import xxh3_64_intdigest
 from benchmarks.measure import Run
 from benchmarks.measure import run as measured_run
 from benchmarks.shapes import INDEX, SHAPES, Shape, assign_shards, header, index, name_shards
-from ties_dist.checkpoint import open_checkpoint
-from ties_dist.cli import SIZE
+from ties_dist.checkpoints.catalogue import open_checkpoint
+from ties_dist.cli.commands import SIZE
+from ties_dist.compiler.native import KernelStore
+from ties_dist.engine.passes import Forgetful, Passes
+from ties_dist.engine.totals import output_digest
 from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.inputs import identify
-from ties_dist.kernels.native import KernelStore
-from ties_dist.methods import METHODS
-from ties_dist.passes import Forgetful, Passes
-from ties_dist.planning import MergePlan
-from ties_dist.prepare import Job, Resources, assemble
+from ties_dist.inputs.opening import identify
+from ties_dist.methods.known import METHODS
+from ties_dist.output.report import peak_rss_bytes
+from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.prepare import Job, Resources, assemble
 from ties_dist.progress import LogProgress
-from ties_dist.recipe import load_recipe
-from ties_dist.report import peak_rss_bytes
-from ties_dist.statistics import KERNELS, cache_folder
+from ties_dist.recipe.recipe import load_recipe
+from ties_dist.statistics.counts import KERNELS, cache_folder
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.buffers import Buffers
 from ties_dist.storage.readers import LocalSpan
-from ties_dist.summary import output_digest
-from ties_dist.work import MergeStep, MergeTask, Worker
+from ties_dist.worker.merging import MergeStep, MergeTask, Worker
 
 POOL_ELEMENTS = 4_194_301
 """A prime, 8 MiB in bfloat16: repeats of a long tensor never fall on the cuts of units."""

@@ -22,9 +22,9 @@ from typing import Any, cast
 from benchmarks.measure import table, write_report
 from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order
-from ties_dist.planning import Unit
-from ties_dist.site import Site
-from ties_dist.work import MergeResult, MergeStep, MergeTask
+from ties_dist.planning.plan import Unit
+from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.worker.site import Site
 
 MIB = 1 << 20
 EXPLAINED = """**Simulated**, not measured: the real hand-out and retry code under a clock that is turned forward. What

@@ -13,8 +13,8 @@ from typing import cast
 from ties_dist.executors.fleet import ORDERS_AT_ONCE
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Answered, Event, Joined, Lost, Order, perform
-from ties_dist.site import Site
-from ties_dist.work import MergeStep
+from ties_dist.worker.merging import MergeStep
+from ties_dist.worker.site import Site
 
 
 @dataclass(frozen=True)

@@ -26,33 +26,33 @@ from ties_dist.errors import (
 )
 
 if TYPE_CHECKING:
-    from ties_dist.analysis import Analysis
-    from ties_dist.analyzing import analyze
+    from ties_dist.analysis.analyzing import analyze
+    from ties_dist.analysis.figures import Analysis
     from ties_dist.api import PlanReport, merge, plan
-    from ties_dist.collecting import collect
+    from ties_dist.collecting.collect import collect
     from ties_dist.executors.base import Cluster
-    from ties_dist.expert_statistics import ExpertStatistics
-    from ties_dist.recipe import Recipe, load_recipe
-    from ties_dist.report import MergeReport
-    from ties_dist.state_dicts import merge_state_dicts
-    from ties_dist.sweeping import sweep
+    from ties_dist.in_memory import merge_state_dicts
+    from ties_dist.output.report import MergeReport
+    from ties_dist.recipe.recipe import Recipe, load_recipe
+    from ties_dist.statistics.collected import ExpertStatistics
+    from ties_dist.sweeping.sweeping import sweep
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Analysis": "analysis",
-    "analyze": "analyzing",
+    "Analysis": "analysis.figures",
+    "analyze": "analysis.analyzing",
     "Cluster": "executors.base",
-    "ExpertStatistics": "expert_statistics",
-    "collect": "collecting",
+    "ExpertStatistics": "statistics.collected",
+    "collect": "collecting.collect",
     "merge": "api",
-    "merge_state_dicts": "state_dicts",
-    "sweep": "sweeping",
+    "merge_state_dicts": "in_memory",
+    "sweep": "sweeping.sweeping",
     "plan": "api",
     "PlanReport": "api",
-    "MergeReport": "report",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
+    "MergeReport": "output.report",
+    "Recipe": "recipe.recipe",
+    "load_recipe": "recipe.recipe",
 }
 
 __all__ = [

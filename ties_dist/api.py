@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ties_dist.engine import run
+from ties_dist.compiler.kernel import KernelKind
+from ties_dist.engine.run import run
+from ties_dist.engine.scan import sample_slices
 from ties_dist.executors.base import Cluster, Executor
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.inputs import opener
-from ties_dist.kernels.merge import KernelKind
-from ties_dist.layout import ITEM_BYTES
-from ties_dist.planning import MergePlan
-from ties_dist.prepare import Job, Resources, prepare
+from ties_dist.inputs.opening import opener
+from ties_dist.output.publish import OutFolder
+from ties_dist.output.report import MergeReport
+from ties_dist.planning.layout import ITEM_BYTES
+from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.prepare import Job, Resources, prepare
 from ties_dist.progress import LogProgress, Progress
-from ties_dist.publish import OutFolder
-from ties_dist.report import MergeReport
-from ties_dist.scan import sample_slices
-from ties_dist.statistics import KERNELS, StatisticsStore, cache_folder
+from ties_dist.statistics.counts import KERNELS, StatisticsStore, cache_folder
 from ties_dist.storage.backends import Backend
-from ties_dist.threshold import predict
-from ties_dist.work import Worker
+from ties_dist.thresholds import predict
+from ties_dist.worker.merging import Worker
 
 if TYPE_CHECKING:
-    from ties_dist.kernels.cuda import Gpus
+    from ties_dist.compiler.cuda import Gpus
 
 Recipe = Path | str | Mapping[str, object]
 """A file, YAML text (a str of more than one line), or the document itself."""
@@ -146,7 +146,7 @@ def _staff(
     if device != "cuda":
         yield Staff(executor=LocalExecutor(count, stop), threads=count)
         return
-    from ties_dist.kernels import cuda
+    from ties_dist.compiler import cuda
 
     with closing(cuda.Gpus(cuda.load_driver(), count)) as gpus:
         slots = len(gpus.slots)

@@ -28,7 +28,7 @@ from benchmarks.paper import peft_experts
 from benchmarks.paper.domain import Domain
 from benchmarks.paper.peft_experts import Kind, Tensors
 from ties_dist.errors import OutputError
-from ties_dist.report import MergeReport
+from ties_dist.output.report import MergeReport
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -423,7 +423,7 @@ def merge_with_oracle(case: Case) -> tuple[dict[str, Array], Allowance]:
 
 def merge_with_engine(recipe: Path, out: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """`ties-dist merge RECIPE OUT --semantics mergekit --json` in this process; the merged tensors and the report."""
-    cli = pytest.importorskip("ties_dist.cli", exc_type=ImportError)
+    cli = pytest.importorskip("ties_dist.cli.commands", exc_type=ImportError)
     stdout = io.StringIO()
     with redirect_stdout(stdout), pytest.raises(SystemExit) as stopped:
         cli.main(engine_arguments(recipe, out))

@@ -23,18 +23,18 @@ import pytest
 import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.fleets import ThreadFleet
-from ties_dist import engine
-from ties_dist.counting import Observation
+from ties_dist.engine import run as engine
 from ties_dist.errors import StoppedError, UnitError
 from ties_dist.executors.base import Executor, Fold, Ledger, Usage
 from ties_dist.executors.fleet import MAX_ATTEMPTS, FleetExecutor
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.planning import UNITS_AROUND, Unit
-from ties_dist.prepare import Resources, prepare
+from ties_dist.planning.plan import UNITS_AROUND, Unit
+from ties_dist.planning.prepare import Resources, prepare
 from ties_dist.progress import LogProgress
-from ties_dist.site import Site
-from ties_dist.threshold import Histogram, Window
-from ties_dist.work import MergeResult, MergeStep, MergeTask, Worker
+from ties_dist.thresholds import Histogram, Window
+from ties_dist.worker.counting import Observation
+from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask, Worker
+from ties_dist.worker.site import Site
 
 PROMPT_SECONDS = 20.0
 """An error or a stop that takes longer has been waited for, not raised."""

@@ -120,7 +120,7 @@ def serve() -> None:
     import numpy as np
     import zarr  # noqa: F401
 
-    from ties_dist import api, tables  # noqa: F401
+    from ties_dist.cli import tables  # noqa: F401
 
     for name in sys.argv[1:]:
         importlib.import_module(name)
@@ -159,7 +159,7 @@ def _become(order: Mapping[str, Any]) -> None:
             getattr(owner, attribute)(**order["first"][1])
         if order["die"] is not None:
             _arm(*order["die"])
-        from ties_dist.cli import main
+        from ties_dist.cli.commands import main
 
         main(order["arguments"])
     except SystemExit as ended:

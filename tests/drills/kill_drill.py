@@ -29,16 +29,16 @@ from benchmarks.measure import RESULTS, machine, table
 from tests.drills.forked import Forge
 from tests.drills.jobs import late_majority, write_job
 from tests.loading import Version, standing, version_of
-from ties_dist.journal import read_journals
+from ties_dist.output.journal import read_journals
 
 PHASES = ("start", "scan", "merge", "redo", "publish", "done")
 """Where a kill can hit: before there is anything in OUT; before the first journalled unit; before every byte is
 journalled; before publishing; before the commit point; after it."""
 SETTINGS = {
-    "ties_dist.passes:COMMIT_SECONDS": 0.1,
-    "ties_dist.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
-    "ties_dist.snapshot:SNAPSHOT_SECONDS": 0.02,
-    "ties_dist.scan:SAMPLE_SLICES": 64,
+    "ties_dist.engine.passes:COMMIT_SECONDS": 0.1,
+    "ties_dist.engine.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
+    "ties_dist.storage.snapshot:SNAPSHOT_SECONDS": 0.02,
+    "ties_dist.engine.scan:SAMPLE_SLICES": 64,
     "ties_dist.executors.local:PARTIAL_SECONDS": 0.01,
 }
 POLL_SECONDS = 0.002

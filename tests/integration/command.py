@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ties_dist.cli import main
+from ties_dist.cli.commands import main
 
 SHAPES: Mapping[str, Sequence[int]] = {
     "embed.weight": (40, 16),
@@ -49,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
 
 def start(*arguments: object, code: str = "") -> subprocess.Popen[str]:
     """Start `ties-dist` as a process of its own, after some `code` that may bend it."""
-    program = f"{code}\nfrom ties_dist.cli import main\nmain()\n"
+    program = f"{code}\nfrom ties_dist.cli.commands import main\nmain()\n"
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,

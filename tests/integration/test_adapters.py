@@ -19,8 +19,8 @@ from torch import Tensor
 import ties_dist
 from tests.conftest import random_models, write_checkpoint
 from tests.integration.command import run
-from ties_dist.adapters import adapt, read_adapter
-from ties_dist.checkpoint import open_checkpoint
+from ties_dist.adapters.peft import adapt, read_adapter
+from ties_dist.checkpoints.catalogue import open_checkpoint
 from ties_dist.errors import CheckpointError, RecipeError
 from ties_dist.storage.readers import open_reader
 

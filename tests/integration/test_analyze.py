@@ -24,7 +24,7 @@ import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.drills.forked import Forge
 from tests.integration.command import Outcome, contents, run
-from ties_dist.tally import Tally
+from ties_dist.analysis.tally import Tally
 
 Run = Callable[..., Outcome]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -453,8 +453,8 @@ def test_an_analysis_that_is_killed_goes_on(merge_job: Checkpoints, tmp_path: Pa
     recipe = merge_job(fine_tunes(torch.bfloat16), shards=2)
     command = ("analyze", recipe, "--json", "--threads", "1", "--unit-size", "1MiB", "--cache-dir", tmp_path / "cache")
     with Forge() as forge:
-        settings = {"ties_dist.snapshot:SNAPSHOT_SECONDS": -1.0}
-        die = ("ties_dist.tally:Tally.add", 3)
+        settings = {"ties_dist.storage.snapshot:SNAPSHOT_SECONDS": -1.0}
+        die = ("ties_dist.analysis.tally:Tally.add", 3)
         ended = forge.start(*command, log=tmp_path / "killed.log", settings=settings, die=die)
         assert ended.wait() == -signal.SIGKILL
         ended = forge.start(*command, log=tmp_path / "resumed.log")
@@ -462,7 +462,7 @@ def test_an_analysis_that_is_killed_goes_on(merge_job: Checkpoints, tmp_path: Pa
     text = ended.log.read_text()
     found = json.loads(text[text.index("{") :])
     assert found["run"]["resumed_fraction"] > 0.25
-    undisturbed = json.loads(ties_dist.analyzing.to_json(ties_dist.analyze(recipe)))
+    undisturbed = json.loads(ties_dist.analysis.analyzing.to_json(ties_dist.analyze(recipe)))
     del found["run"], undisturbed["run"]
     assert found == undisturbed
 
@@ -470,7 +470,7 @@ def test_an_analysis_that_is_killed_goes_on(merge_job: Checkpoints, tmp_path: Pa
 def test_a_cache_that_cannot_be_written_is_said_and_stops_nobody(
     merge_job: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ties_dist.snapshot.SNAPSHOT_SECONDS", -1.0)
+    monkeypatch.setattr("ties_dist.storage.snapshot.SNAPSHOT_SECONDS", -1.0)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "analyses").write_text("a file where a folder should be")
     found = ties_dist.analyze(merge_job(fine_tunes(torch.float32)), cache_dir=tmp_path / "cache", unit_size=1 << 20)
@@ -575,8 +575,8 @@ def test_the_page_reads_well_in_a_browser_at_phone_and_desktop_width(page: Path,
 
 
 def test_the_same_analysis_is_the_same_page(page: Path) -> None:
-    from ties_dist.analysis_page import page as build
-    from ties_dist.analyzing import to_json
+    from ties_dist.analysis.analyzing import to_json
+    from ties_dist.analysis.page import page as build
 
     found = ties_dist.analyze(page.parent.parent / "recipe.yml")
     assert build(found) == build(found) == page.read_text()

@@ -21,8 +21,8 @@ SHAPES = {"a.weight": (1500, 1000), "b.weight": (1500, 1000)}
 
 def edit_between_sampled_pages(folder: Path, tensors: dict[str, torch.Tensor], entries: int) -> None:
     """Double a run of entries, trying places until the checkpoint's identity does not change."""
-    from ties_dist.checkpoint import open_checkpoint
-    from ties_dist.inputs import identify
+    from ties_dist.checkpoints.catalogue import open_checkpoint
+    from ties_dist.inputs.opening import identify
     from ties_dist.storage.readers import open_reader
 
     def identity() -> str:

@@ -26,7 +26,7 @@ import ties_dist
 from tests.conftest import Checkpoints, random_models, write_checkpoint
 from tests.integration.command import SHAPES, Outcome, contents, finish, readable_files, run, start
 from ties_dist.errors import StoppedError
-from ties_dist.lock import RunLock
+from ties_dist.output.lock import RunLock
 from ties_dist.storage.local import LocalWriter
 
 Model = dict[str, Tensor]
@@ -592,7 +592,7 @@ def on_write(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], Non
         write(self, name, start, block)
 
     monkeypatch.setattr(LocalWriter, "write", counted)
-    monkeypatch.setattr("ties_dist.passes.COMMIT_SECONDS", 0.0)  # what is written is journalled at once
+    monkeypatch.setattr("ties_dist.engine.passes.COMMIT_SECONDS", 0.0)  # what is written is journalled at once
 
 
 def test_a_disk_that_fills_up_is_said_and_the_merge_resumes_after_space_is_freed(

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.integration.command import run
-from ties_dist import collecting
-from ties_dist.collecting import collect
+from ties_dist.collecting import collect as collecting
+from ties_dist.collecting.collect import collect
 from ties_dist.errors import CheckpointError, OutputError, PlanError, RecipeError, StoppedError
-from ties_dist.expert_statistics import ExpertStatistics
+from ties_dist.statistics.collected import ExpertStatistics
 
 CODE = '''
 import torch

@@ -24,7 +24,7 @@ import ties_dist
 from tests import oracle
 from tests.conftest import Checkpoints, random_models, write_checkpoint
 from tests.integration.command import SHAPES, Outcome, contents, finish, readable_files, run, start
-from ties_dist.lock import RunLock
+from ties_dist.output.lock import RunLock
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.local import LocalWriter
 
@@ -71,7 +71,7 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
     assert min(took) < 1
 
     code = (
-        "import sys\nfrom ties_dist.cli import main\n"
+        "import sys\nfrom ties_dist.cli.commands import main\n"
         "for words in (['--help'], ['merge', '--help'], ['plan', '--help'], ['--version']):\n"
         "    try: main(words)\n"
         "    except SystemExit as ended: assert ended.code == 0\n"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import ties_dist
 from tests import oracle
 from tests.conftest import Checkpoints, random_models
-from ties_dist.report import MergeReport
+from ties_dist.output.report import MergeReport
 
 SHAPES = {f"model.layers.{i}.mlp.weight": (600 + 37 * i, 901) for i in range(5)} | {
     "model.embed_tokens.weight": (1501, 701),

@@ -21,17 +21,17 @@ from tests.drills.forked import Forge, Forked
 from tests.drills.jobs import late_majority, write_job
 from tests.integration.command import finish, start
 from tests.loading import Version, standing, version_of
-from ties_dist.journal import read_journals
+from ties_dist.output.journal import read_journals
 
 ELEMENTS = 9 * 64 * 4608
 """Of bfloat16: 5.1 MiB in three shards, 6 units of 1 MiB."""
 UNITS = 6
 SMALL_STEPS = {
-    "ties_dist.passes:COMMIT_SECONDS": -1.0,
-    "ties_dist.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
-    "ties_dist.snapshot:SNAPSHOT_SECONDS": -1.0,
-    "ties_dist.scan:SAMPLE_SLICES": 32,
-    "ties_dist.lock:LEASE_SECONDS": 1.0,
+    "ties_dist.engine.passes:COMMIT_SECONDS": -1.0,
+    "ties_dist.engine.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
+    "ties_dist.storage.snapshot:SNAPSHOT_SECONDS": -1.0,
+    "ties_dist.engine.scan:SAMPLE_SLICES": 32,
+    "ties_dist.output.lock:LEASE_SECONDS": 1.0,
 }
 """Whatever is done is journalled at once, and a lease counts as standing still after a second."""
 pytestmark = pytest.mark.slow
@@ -133,25 +133,25 @@ def merges(forge: Forge, whole_model: Job, tmp_path: Path) -> Merges:
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 SCAN = [
-    ("ties_dist.work:Worker.observe", 1),
-    ("ties_dist.work:Worker.observe", 5),
-    ("ties_dist.journal:Journal.commit", 1),
+    ("ties_dist.worker.merging:Worker.observe", 1),
+    ("ties_dist.worker.merging:Worker.observe", 5),
+    ("ties_dist.output.journal:Journal.commit", 1),
 ]
-MERGE = [(WRITE, 1), (WRITE, 4), ("os:fdatasync", 3), ("ties_dist.journal:Journal.commit", 4)]
-REDO = [(WRITE, UNITS + 2), ("os:fdatasync", UNITS + 2), ("ties_dist.passes:Passes.prove", 1)]
+MERGE = [(WRITE, 1), (WRITE, 4), ("os:fdatasync", 3), ("ties_dist.output.journal:Journal.commit", 4)]
+REDO = [(WRITE, UNITS + 2), ("os:fdatasync", UNITS + 2), ("ties_dist.engine.passes:Passes.prove", 1)]
 PUBLISH = [
-    ("ties_dist.engine:publish", 1),
-    ("ties_dist.publish:_remove_old", 1),
-    ("ties_dist.publish:write_durably", 1),  # the manifest
-    ("ties_dist.publish:write_durably", 3),
-    ("ties_dist.engine:publish > pathlib:Path.replace", 1),
-    ("ties_dist.engine:publish > pathlib:Path.replace", 3),
-    ("ties_dist.publish:sync_folder", 2),  # the shards have their names, the index is missing
+    ("ties_dist.engine.run:publish", 1),
+    ("ties_dist.output.publish:_remove_old", 1),
+    ("ties_dist.output.publish:write_durably", 1),  # the manifest
+    ("ties_dist.output.publish:write_durably", 3),
+    ("ties_dist.engine.run:publish > pathlib:Path.replace", 1),
+    ("ties_dist.engine.run:publish > pathlib:Path.replace", 3),
+    ("ties_dist.output.publish:sync_folder", 2),  # the shards have their names, the index is missing
 ]
 
 
 @pytest.mark.parametrize(
-    ("call", "number"), [("ties_dist.lock:RunLock.acquire", 1), ("ties_dist.engine:claim", 1), *SCAN]
+    ("call", "number"), [("ties_dist.output.lock:RunLock.acquire", 1), ("ties_dist.engine.run:claim", 1), *SCAN]
 )
 def test_killed_before_anything_was_merged(call: str, number: int, merges: Merges) -> None:
     merges.killed(call, number)
@@ -183,7 +183,7 @@ def test_killed_while_publishing(over: str, call: str, number: int, merges: Merg
     merges.killed(call, number, *options)
     # Over an older model the first move is that of its index, out of the way.
     first_move = call.endswith("Path.replace") and number == 1
-    began = call not in ("ties_dist.engine:publish", "ties_dist.publish:_remove_old") and not first_move
+    began = call not in ("ties_dist.engine.run:publish", "ties_dist.output.publish:_remove_old") and not first_move
     assert standing(merges.out, merges.job.versions) == (None if began or not options else "old")
     assert read_journals(merges.run).publishing
     report = merges.finished(*options)
@@ -191,13 +191,13 @@ def test_killed_while_publishing(over: str, call: str, number: int, merges: Merg
 
 
 def test_killed_after_the_commit_point_is_done(merges: Merges) -> None:
-    merges.killed("ties_dist.engine:publish > shutil:rmtree", 1)
+    merges.killed("ties_dist.engine.run:publish > shutil:rmtree", 1)
     assert standing(merges.out, merges.job.versions) == "new"
     assert merges.finished()["already_done"]
 
 
 @pytest.mark.parametrize(
-    "call", ["ties_dist.work:Worker.select", WRITE, "os:fdatasync", "ties_dist.journal:Journal.commit"]
+    "call", ["ties_dist.worker.merging:Worker.select", WRITE, "os:fdatasync", "ties_dist.output.journal:Journal.commit"]
 )
 def test_killed_while_tensors_are_selected_and_merged_one_group_after_another(
     call: str, forge: Forge, per_tensor: Job, tmp_path: Path
@@ -207,18 +207,18 @@ def test_killed_while_tensors_are_selected_and_merged_one_group_after_another(
     record = read_journals(merges.run)
     report = merges.finished()
     assert report["resumed_units"] == len(record.merged)
-    assert (len(record.cuts) > 0) == (call != "ties_dist.work:Worker.select")
+    assert (len(record.cuts) > 0) == (call != "ties_dist.worker.merging:Worker.select")
 
 
 def test_killed_again_and_again_with_other_resources_each_time(merges: Merges) -> None:
     small = ("--unit-size", "1MiB", "--threads", "1")
-    merges.killed("ties_dist.work:Worker.observe", 3, "--unit-size", "2MiB")
-    merges.killed("ties_dist.work:Worker.observe", 2, *small)
+    merges.killed("ties_dist.worker.merging:Worker.observe", 3, "--unit-size", "2MiB")
+    merges.killed("ties_dist.worker.merging:Worker.observe", 2, *small)
     merges.killed(WRITE, 3, "--unit-size", "3MiB", "--memory-budget", "300MiB")
     merges.killed(WRITE, 2, *small, "--read-backend", "pread")
-    merges.killed("ties_dist.passes:Passes.settle_majority", 1, "--unit-size", "2MiB")
+    merges.killed("ties_dist.engine.passes:Passes.settle_majority", 1, "--unit-size", "2MiB")
     merges.killed(WRITE, 2, "--unit-size", "4MiB", "--trust-journal")
-    merges.killed("ties_dist.engine:publish > pathlib:Path.replace", 2, *small)
+    merges.killed("ties_dist.engine.run:publish > pathlib:Path.replace", 2, *small)
     report = merges.finished("--unit-size", "5MiB")
     assert report["resumed_units"] == report["units"]
 
@@ -241,7 +241,7 @@ def test_what_a_kill_left_is_read_again_and_not_believed(merges: Merges) -> None
 
 @pytest.mark.parametrize(
     ("call", "number"),
-    [("ties_dist.work:Worker.observe", 3), (WRITE, 3), (WRITE, UNITS + 2)],
+    [("ties_dist.worker.merging:Worker.observe", 3), (WRITE, 3), (WRITE, UNITS + 2)],
     ids=["scan", "merge", "redo"],
 )
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
@@ -261,7 +261,7 @@ def test_a_signal_ends_a_merge_that_can_be_resumed(
 
 BENT = """
 import os, signal, sys, time
-from ties_dist import passes
+from ties_dist.engine import passes
 from ties_dist.storage.local import LocalWriter
 passes.COMMIT_SECONDS, passes.SIGNS_FROM, number = -1.0, 1e9, int(sys.argv.pop(1))
 write, calls = LocalWriter.write, []
@@ -308,7 +308,7 @@ def wait_until_stopped(process: Forked) -> None:
 
 
 PAUSES = [
-    ("ties_dist.work:Worker.observe", 3),
+    ("ties_dist.worker.merging:Worker.observe", 3),
     (WRITE, 4),
     ("os:pwrite", 1),  # past the fence: these bytes, of the wrong majority sign, reach the disk after the other's
     ("os:pwrite", 4),

@@ -11,14 +11,14 @@ import torch
 import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.drills.jobs import late_majority, write_job
-from ties_dist import passes
-from ties_dist.counting import Observation
-from ties_dist.planning import Unit
-from ties_dist.prepare import prepare
-from ties_dist.report import MergeReport
-from ties_dist.scan import Scan, sample_slices
-from ties_dist.threshold import ModelCut, Prediction, Threshold, Window, to_bits
-from ties_dist.work import Worker
+from ties_dist.engine import passes
+from ties_dist.engine.scan import Scan, sample_slices
+from ties_dist.output.report import MergeReport
+from ties_dist.planning.plan import Unit
+from ties_dist.planning.prepare import prepare
+from ties_dist.thresholds import ModelCut, Prediction, Threshold, Window, to_bits
+from ties_dist.worker.counting import Observation
+from ties_dist.worker.merging import Worker
 
 SHAPES = {f"layers.{i}.weight": (700, 901) for i in range(4)} | {"norm.weight": (701,)}
 
@@ -77,10 +77,10 @@ def test_a_planted_wrong_prediction_is_found_and_repaired(
 def test_the_majority_sign_is_guessed_before_the_first_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The units merged first have the minority's sign; a sample of the whole model is not fooled by them."""
     recipe = write_job(tmp_path, late_majority(9 * 64 * 4608))
-    monkeypatch.setattr("ties_dist.scan.SAMPLE_SLICES", 64)
-    monkeypatch.setattr("ties_dist.passes.SIGNS_FROM", 1e9)
+    monkeypatch.setattr("ties_dist.engine.scan.SAMPLE_SLICES", 64)
+    monkeypatch.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
     blind = merged(recipe, tmp_path / "blind", "speculate")
-    monkeypatch.setattr("ties_dist.passes.SIGNS_FROM", 1)
+    monkeypatch.setattr("ties_dist.engine.passes.SIGNS_FROM", 1)
     guessed = merged(recipe, tmp_path / "guessed", "speculate")
     assert blind.majority_sign == guessed.majority_sign == -1
     assert blind.redone_units > 0 and guessed.redone_units == 0

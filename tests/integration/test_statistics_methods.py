@@ -18,10 +18,10 @@ from tests.conftest import random_models, write_checkpoint
 from tests.integration.command import run
 from ties_dist.errors import CheckpointError, NumericError, PlanError, RecipeError, StoppedError
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.expert_statistics import ExpertStatistics, Kind, Origin
-from ties_dist.inputs import identify
-from ties_dist.matrices import SolveMatrix
+from ties_dist.inputs.opening import identify
+from ties_dist.statistics.collected import ExpertStatistics, Kind, Origin
 from ties_dist.storage.readers import open_reader
+from ties_dist.worker.matrices import SolveMatrix
 
 SHAPES = {
     "embed.weight": (50, 24),
@@ -36,7 +36,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def identity_of(checkpoint: Path) -> str:
-    from ties_dist.checkpoint import open_checkpoint
+    from ties_dist.checkpoints.catalogue import open_checkpoint
 
     return identify(open_checkpoint(checkpoint, name="it", reader=open_reader))
 

@@ -15,8 +15,8 @@ from tests.conftest import Checkpoints, random_models
 from tests.drills.jobs import late_majority, write_job
 from ties_dist.errors import OutputError, RecipeError, StoppedError
 from ties_dist.storage.local import LocalWriter
-from ties_dist.sweeping import parse_values, variants
-from ties_dist.work import MergeStep
+from ties_dist.sweeping.sweeping import parse_values, variants
+from ties_dist.worker.merging import MergeStep
 
 MIB = 1 << 20
 SHAPES = {f"layers.{i}.weight": (700, 901) for i in range(4)} | {"norm.weight": (701,)}
@@ -112,7 +112,7 @@ def test_a_model_with_a_density_of_its_own_is_refused(merge_job: Checkpoints, tm
 
 
 def test_a_stopped_sweep_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ties_dist.passes.COMMIT_SECONDS", -1.0)
+    monkeypatch.setattr("ties_dist.engine.passes.COMMIT_SECONDS", -1.0)
     recipe, out = write_job(tmp_path, late_majority(6 * 9 * 64 * 4608)), tmp_path / "out"
     values = [{"lambda": 0.5}, {"lambda": 1.0}, {"lambda": 2.0}]
     expected = own_merges(recipe, tmp_path / "own", values)
@@ -167,7 +167,7 @@ def test_a_unit_is_loaded_once_for_all(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(MergeStep, "load", counted_load)
     monkeypatch.setattr(MergeStep, "merge", counted_merge)
-    monkeypatch.setattr("ties_dist.passes.SIGNS_FROM", 1e9)
+    monkeypatch.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
     done = ties_dist.sweep(recipe, tmp_path / "out", lam=[1.0, 2.0, 3.0], unit_size=MIB, cache_dir=tmp_path / "c")
     units, redone = done[0].report.units, [s.report.redone_units for s in done]
     assert redone[0] > 0 and len(set(redone)) == 1
@@ -178,7 +178,7 @@ def test_a_unit_is_loaded_once_for_all(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_command_prints_a_row_for_each_output(merge_job: Checkpoints, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from ties_dist.cli import cli
+    from ties_dist.cli.commands import cli
 
     recipe = merge_job(random_models({"a.weight": (300, 100)}, experts=2))
     arguments = ["sweep", str(recipe), str(tmp_path / "out"), "--density", "0.1:0.3:0.1"]

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
-from ties_dist.checkpoint import open_checkpoint
+from ties_dist.checkpoints.catalogue import open_checkpoint
+from ties_dist.checkpoints.header import DTYPE_BITS
 from ties_dist.errors import CheckpointError
-from ties_dist.header import DTYPE_BITS
 
 STRICTER = re.compile(
     r"appears twice in the header|header must start with|expected an object of dtype|unknown dtype \{|"

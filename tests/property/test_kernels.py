@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ties_dist.kernels.eager import OVERFLOWS_FROM, TORCH_DTYPES
-from ties_dist.kernels.loop import DType
-from ties_dist.kernels.merge import KernelKind, MergeKernel
-from ties_dist.kernels.native import KernelStore, processor
-from ties_dist.kernels.values import Slice
+from ties_dist.compiler.fuse import OVERFLOWS_FROM, TORCH_DTYPES
+from ties_dist.compiler.kernel import KernelKind, MergeKernel
+from ties_dist.compiler.loop import DType
+from ties_dist.compiler.native import KernelStore, processor
+from ties_dist.compiler.slices import Slice
 from ties_dist.methods import Cut, Linear, Method, TaskArithmetic, Ties
 from ties_dist.methods.base import State
 

@@ -23,19 +23,19 @@ import torch
 
 from tests.conftest import random_models, write_job
 from tests.simulation.disk import Disk, PowerCut, remove
-from ties_dist import engine
-from ties_dist.counting import Observation
+from ties_dist.engine import run as engine
 from ties_dist.errors import LockedError, OutputError, TiesDistError, UnitError
 from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order
-from ties_dist.inputs import opener
-from ties_dist.lock import Holder, RunLock
-from ties_dist.prepare import Job, Resources, prepare
-from ties_dist.report import MergeReport
-from ties_dist.site import Site
+from ties_dist.inputs.opening import opener
+from ties_dist.output.lock import Holder, RunLock
+from ties_dist.output.report import MergeReport
+from ties_dist.planning.prepare import Job, Resources, prepare
 from ties_dist.storage.local import LocalWriter
-from ties_dist.work import MergeStep, Worker
+from ties_dist.worker.counting import Observation
+from ties_dist.worker.merging import MergeStep, Worker
+from ties_dist.worker.site import Site
 
 METHODS = {"plain": "task_arithmetic"}
 MOST_DRIVERS = 6
@@ -290,15 +290,15 @@ class Schedule:
         clock = SimpleNamespace(
             monotonic=self.clock.monotonic, sleep=self.clock.sleep, strftime=lambda *_: "then", gmtime=lambda: None
         )
-        patched.setattr("ties_dist.lock.time", clock)
-        patched.setattr("ties_dist.passes.COMMIT_SECONDS", self.draw.choice([-1.0, 1e9]))
-        patched.setattr("ties_dist.passes.SIGNS_FROM", 1e9)
-        patched.setattr("ties_dist.scan.SAMPLE_SLICES", 8)
-        patched.setattr("ties_dist.snapshot.SNAPSHOT_SECONDS", self.draw.choice([-1.0, 1e9, 1e9]))
+        patched.setattr("ties_dist.output.lock.time", clock)
+        patched.setattr("ties_dist.engine.passes.COMMIT_SECONDS", self.draw.choice([-1.0, 1e9]))
+        patched.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
+        patched.setattr("ties_dist.engine.scan.SAMPLE_SLICES", 8)
+        patched.setattr("ties_dist.storage.snapshot.SNAPSHOT_SECONDS", self.draw.choice([-1.0, 1e9, 1e9]))
         patched.setattr("ties_dist.executors.fleet.FIRST_BYTES", self.draw.choice([0, 1 << 20]))
-        patched.setattr("ties_dist.passes.Passes.warm_up", lambda passes: None)
+        patched.setattr("ties_dist.engine.passes.Passes.warm_up", lambda passes: None)
         patched.setattr(Site, "open", lambda site, gpus=None: self.world.step(self.name, site))
-        patched.setattr("ties_dist.lock.RunLock._beat", lambda lock: None)
+        patched.setattr("ties_dist.output.lock.RunLock._beat", lambda lock: None)
 
     def _driver(self, number: int, *, quiet: bool) -> MergeReport | None:
         """One run of the command, to whatever end."""

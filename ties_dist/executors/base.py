@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from ties_dist.counting import Observation
 from ties_dist.errors import StoppedError
-from ties_dist.planning import Unit
-from ties_dist.site import Site
-from ties_dist.work import MergeResult, MergeStep, MergeTask
+from ties_dist.planning.plan import Unit
+from ties_dist.worker.counting import Observation
+from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.worker.site import Site
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ties_dist.executors.orders import Kind
-from ties_dist.planning import Unit
-from ties_dist.work import MergeResult, MergeStep
+from ties_dist.planning.plan import Unit
+from ties_dist.worker.merging import MergeResult, MergeStep
 
 OPERATIONS_PER_BYTE = 10
 """5 GFLOP/s and 0.5 GB/s a core, roughly."""

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ties_dist.counting import Observation
 from ties_dist.errors import ClusterError, LockedError, PlanError, StoppedError, TiesDistError, UnitError, listing
 from ties_dist.executors.base import Call, Fold, Item, Result, Usage, check_stop
 from ties_dist.executors.board import Pass
 from ties_dist.executors.orders import Answer, Event, Joined, Kind, Lost, Order
-from ties_dist.planning import Unit
-from ties_dist.site import Site
-from ties_dist.work import MergeResult, MergeStep, MergeTask
+from ties_dist.planning.plan import Unit
+from ties_dist.worker.counting import Observation
+from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.worker.site import Site
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
-from ties_dist.counting import Observation
 from ties_dist.executors.base import Call, Fold, Item, Result, Stop, Usage, check_stop
-from ties_dist.planning import UNITS_AROUND, Unit
-from ties_dist.site import Site
-from ties_dist.work import MergeResult, MergeStep, MergeTask
+from ties_dist.planning.plan import UNITS_AROUND, Unit
+from ties_dist.worker.counting import Observation
+from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.worker.site import Site
 
 PARTIAL_SECONDS = 5.0
 """How long a counting thread keeps its counts to itself."""

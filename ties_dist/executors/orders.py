@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ties_dist.counting import Observation
 from ties_dist.errors import StoppedError, TiesDistError
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.report import peak_rss_bytes
-from ties_dist.work import MergeStep
+from ties_dist.output.report import peak_rss_bytes
+from ties_dist.worker.counting import Observation
+from ties_dist.worker.merging import MergeStep
 
 Kind = Literal["merge", "fold", "call"]
 

@@ -26,15 +26,15 @@ except ImportError as error:
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from ray.util import metrics
 
+from ties_dist.compiler.cuda import slots_of_each
 from ties_dist.executors.base import Cluster
 from ties_dist.executors.fleet import ORDERS_AT_ONCE
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order, perform
-from ties_dist.kernels.cuda import slots_of_each
-from ties_dist.planning import readable
-from ties_dist.preflight import Expectation, facts, preflight
-from ties_dist.site import Site
+from ties_dist.executors.preflight import Expectation, facts, preflight
+from ties_dist.planning.plan import readable
 from ties_dist.storage.local import write_durably
+from ties_dist.worker.site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Worker:
     def _open(self) -> None:
         gpus = None
         if self.gpu:
-            from ties_dist.kernels import cuda
+            from ties_dist.compiler import cuda
 
             gpus = cuda.Gpus(cuda.load_driver(), self.site.resources.thread_count)
         self.step = self.site.open(gpus)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from ties_dist.parameter import Parameter
+from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

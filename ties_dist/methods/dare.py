@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, State, density, float32
+from ties_dist.methods.parameter import Parameter
 from ties_dist.methods.random import keys, limits, uniform
 from ties_dist.methods.task_arithmetic import TaskArithmetic
-from ties_dist.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from ties_dist.methods.base import INT8_MASK, WEIGHT, Cut, Method, State, count, float32, total, weighted_sum
-from ties_dist.parameter import Parameter
+from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

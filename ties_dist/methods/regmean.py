@@ -14,7 +14,7 @@ import numpy as np
 
 from ties_dist.methods.base import INT8_MASK, WEIGHT, float32
 from ties_dist.methods.linear import Linear
-from ties_dist.parameter import Parameter
+from ties_dist.methods.parameter import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, Method, State, float32, total, weighted_sum
-from ties_dist.parameter import Parameter
+from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

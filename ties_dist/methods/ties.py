@@ -24,7 +24,7 @@ from ties_dist.methods.base import (
     float32,
     total,
 )
-from ties_dist.parameter import Parameter
+from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

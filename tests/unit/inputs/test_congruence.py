@@ -1,0 +1,575 @@
+"""Base against experts: the mergeable set, and every way in which they do not fit, as semantics.md has it."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from ties_dist.checkpoints.catalogue import Checkpoint
+from ties_dist.checkpoints.header import DTYPE_BITS, TensorEntry
+from ties_dist.errors import CheckpointError
+from ties_dist.inputs.congruence import EqualCheck, MergeSet, OutputTensor, compare
+
+Shape = tuple[int, ...]
+
+
+class NoReader:
+    """A comparison reads nothing."""
+
+    def names(self) -> Sequence[str]:
+        raise AssertionError
+
+    def size(self, name: str) -> int:
+        raise AssertionError
+
+    def read(self, name: str, start: int, stop: int) -> Any:
+        raise AssertionError
+
+
+def checkpoint(
+    name: str, tensors: Mapping[str, tuple[str, Shape]], config: Mapping[str, object] | None = None
+) -> Checkpoint:
+    """A catalogue from {tensor: (dtype, shape)}."""
+    entries, start = {}, 0
+    for tensor, (dtype, shape) in tensors.items():
+        stop = start + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[tensor] = TensorEntry(name=tensor, dtype=dtype, shape=shape, file="f", start=start, stop=stop)
+        start = stop
+    return Checkpoint(
+        name=name,
+        reader=NoReader(),
+        shards=("f",),
+        files={},
+        tensors=entries,
+        config=config,
+        metadata={},
+        index_file=None,
+        index_metadata={},
+        notes=(),
+    )
+
+
+def compared(base: Checkpoint, *experts: Checkpoint, exclude: Sequence[str] = (), **options: str) -> MergeSet:
+    given = {"vocab": "error", "non_float": "equal", "operand": "delta", **options}
+    return compare(base, experts, exclude=exclude, **given)
+
+
+def refusal(base: Checkpoint, *experts: Checkpoint, exclude: Sequence[str] = (), **options: str) -> str:
+    with pytest.raises(CheckpointError, match=r" do not (match|fit) the (base|first model)") as error:
+        compared(base, *experts, exclude=exclude, **options)
+    return str(error.value)
+
+
+def actions(merge_set: MergeSet) -> dict[str, str]:
+    return {tensor.name: tensor.action for tensor in merge_set.tensors}
+
+
+PLAIN = {"b": ("BF16", (2, 3)), "a": ("F32", (4,)), "empty": ("F16", (0,)), "scalar": ("F32", ())}
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {"tie_word_embeddings": True}
+
+
+# -- the mergeable set ------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_sorted_and_counted() -> None:
+    merge_set = compared(checkpoint("base", PLAIN), checkpoint("math", PLAIN))
+    assert merge_set.tensors == (
+        OutputTensor(name="a", dtype="F32", shape=(4,), action="merge", source="a", counted=True),
+        OutputTensor(name="b", dtype="BF16", shape=(2, 3), action="merge", source="b", counted=True),
+        OutputTensor(name="empty", dtype="F16", shape=(0,), action="merge", source="empty", counted=True),
+        OutputTensor(name="scalar", dtype="F32", shape=(), action="merge", source="scalar", counted=True),
+    )
+    assert merge_set.elements == 4 + 6 + 0 + 1
+    assert (merge_set.notes, merge_set.equal) == ((), ())
+
+
+def test_float_dtypes_may_differ_and_are_said_with_counts() -> None:
+    expert = checkpoint("math", {**PLAIN, "a": ("BF16", (4,)), "scalar": ("BF16", ()), "b": ("F16", (2, 3))})
+    merge_set = compared(checkpoint("base", PLAIN), expert)
+    assert [tensor.dtype for tensor in merge_set.tensors] == ["F32", "BF16", "F16", "F32"]
+    assert sorted(merge_set.notes) == [
+        "expert 'math': 1 tensor stored as F16, base BF16",
+        "expert 'math': 2 tensors stored as BF16, base F32",
+    ]
+
+
+@pytest.mark.parametrize("tensors", [{}, {"a": ("F32", (0, 3))}, {"a": ("I64", (2,))}])
+def test_nothing_to_merge_is_said_not_refused(tensors: dict[str, tuple[str, Shape]]) -> None:
+    merge_set = compared(checkpoint("base", tensors), checkpoint("math", tensors))
+    assert merge_set.elements == 0
+    assert merge_set.notes == ("nothing to merge (d = 0): the output is a copy of the base",)
+
+
+def test_no_experts_merge_nothing_away() -> None:
+    assert compared(checkpoint("base", PLAIN)).elements == 11
+
+
+def test_an_expert_that_is_the_first_model_itself_is_not_compared_with_itself() -> None:
+    first = checkpoint("first", {"a": ("F32", (1,)), "n": ("I64", (1,))})
+    merge_set = compared(first, first, checkpoint("second", first_tensors := {"a": ("F32", (1,)), "n": ("I64", (1,))}))
+    assert len(first_tensors) == len(merge_set.tensors)
+    assert [(check.left_model, check.right_model) for check in merge_set.equal] == [(0, 2)]
+
+
+# -- mismatches -------------------------------------------------------------------------------------------------------
+
+
+def test_shape_mismatches_are_listed_as_in_the_style_page() -> None:
+    rest = {f"w{i}": ("BF16", (1,)) for i in range(721)}
+    base = checkpoint("b", {**rest, EMBED: ("BF16", (32000, 4096)), HEAD: ("BF16", (32000, 4096))})
+    expert = checkpoint("math", {**rest, EMBED: ("BF16", (32016, 4096)), HEAD: ("BF16", (32016, 4096))})
+    assert refusal(base, expert) == (
+        "2 of 723 tensors do not match the base:\n"
+        "  lm_head.weight:            expert 'math' has shape (32016, 4096), base (32000, 4096)\n"
+        "  model.embed_tokens.weight: expert 'math' has shape (32016, 4096), base (32000, 4096)\n"
+        "Resize the vocabulary first, or drop the extra rows with `vocab: truncate`, "
+        "or list these names under `exclude`."
+    )
+
+
+def test_every_mismatch_of_every_expert_is_in_one_error() -> None:
+    base = checkpoint(
+        "b", {"a": ("F32", (1,)), "b": ("F32", (2,)), "c": ("F32", (3,)), "d": ("I64", (1,)), "e": ("F32", (1,))}
+    )
+    one = checkpoint("one", {"a": ("F32", (2,)), "c": ("I32", (3,)), "d": ("F32", (1,)), "e": ("F64", (1,))})
+    two = checkpoint(
+        "two", {**{n: (e.dtype, e.shape) for n, e in base.tensors.items()}, "x": ("BF16", (9,)), "b": ("F32", (2, 1))}
+    )
+    assert refusal(base, one, two, exclude=["nothing"]) == (
+        "6 of 6 tensors do not match the base:\n"
+        "  exclude: 'nothing' matches no tensor.\n"
+        "  a: expert 'one' has shape (2,), base (1,)\n"
+        "  b: missing in expert 'one'\n"
+        "  b: expert 'two' has shape (2, 1), base (2,)\n"
+        "  c: expert 'one' has dtype I32, base F32\n"
+        "  d: expert 'one' has dtype F32, base I64\n"
+        "  e: expert 'one' has dtype F64, base F32\n"
+        "  x: extra in expert 'two', base does not have it\n"
+        "Convert F64 to F32 first (arithmetic is float32), or list these names under `exclude`. "
+        "Patterns of `exclude` are globs over whole names: '*.bias', 'model.layers.0.*'."
+    )
+
+
+def test_long_lists_fold_layer_numbers_so_that_nothing_is_cut_off() -> None:
+    names = {f"model.layers.{i}.mlp.bias": ("F32", (1,)) for i in range(50)}
+    base = checkpoint("b", {**names, "norm": ("F32", (4,))})
+    message = refusal(base, checkpoint("math", {"norm": ("F32", (5,))}))
+    assert message == (
+        "51 of 51 tensors do not match the base:\n"
+        "  model.layers.*.mlp.bias: missing in expert 'math' (50 tensors)\n"
+        "  norm:                    expert 'math' has shape (5,), base (4,)\n"
+        "List these names under `exclude`."
+    )
+
+
+def test_f64_is_refused_unless_excluded() -> None:
+    tensors: dict[str, tuple[str, Shape]] = {"a": ("F64", (1,)), "b": ("F32", (1,))}
+    base, expert = checkpoint("b", tensors), checkpoint("math", tensors)
+    assert "\n  a: base has dtype F64\n  a: expert 'math' has dtype F64" in refusal(base, expert)
+    assert actions(compared(base, expert, exclude=["a"])) == {"a": "copy", "b": "merge"}
+
+
+def test_buffers_that_models_compute_get_their_own_advice() -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    base, expert = checkpoint("b", {"a": ("F32", (1,)), name: ("F32", (64,))}), checkpoint("math", {"a": ("F32", (1,))})
+    assert "missing in expert 'math'" in refusal(base, expert)
+    assert "`exclude: ['*.inv_freq']` leaves alone a buffer" in refusal(base, expert)
+    assert actions(compared(base, expert, exclude=["*.inv_freq"])) == {"a": "merge", name: "copy"}
+    reverse = compared(expert, base, exclude=["*.inv_freq"])
+    assert actions(reverse) == {"a": "merge"}
+    assert reverse.notes == ("expert 'b': 1 tensor excluded that the base does not have",)
+
+
+def test_weights_are_compared_with_the_first_model_by_name() -> None:
+    message = refusal(checkpoint("first", PLAIN), checkpoint("second", {**PLAIN, "a": ("F32", (5,))}), operand="weight")
+    assert message.startswith(
+        "1 of 4 tensors do not match the first model 'first':\n"
+        "  a: model 'second' has shape (5,), first model 'first' (4,)"
+    )
+
+
+# -- exclude ----------------------------------------------------------------------------------------------------------
+
+
+def test_excluded_tensors_are_copied_whatever_the_experts_have() -> None:
+    base = checkpoint("b", {"l.0.w": ("F32", (1,)), "l.1.w": ("F32", (1,)), "L.0.w": ("F32", (1,)), "n": ("I64", (1,))})
+    expert = checkpoint(
+        "math", {"l.0.w": ("I8", (7,)), "L.0.w": ("F32", (1,)), "n": ("I32", (2,)), "l.9.w": ("F64", (1,))}
+    )
+    merge_set = compared(base, expert, exclude=["l.*.w", "?"])
+    assert actions(merge_set) == {"L.0.w": "merge", "l.0.w": "copy", "l.1.w": "copy", "n": "copy"}
+    assert merge_set.elements == 1
+    assert merge_set.equal == ()
+    assert merge_set.notes == (
+        "exclude: 3 tensors copied from the base",
+        "expert 'math': 1 tensor excluded that the base does not have",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nearest"),
+    [
+        ("lm_haed.weight", "nearest: lm_head.weight"),
+        ("model.layers.*.self_atn.q_proj.weight", "nearest: model.layers.*.self_attn.q_proj.weight"),
+        (r"model\.layers\.\d+\.self_attn\.q_proj\.weight", "nearest: model.layers.*.self_attn.q_proj.weight"),
+        ("model.layers.99.self_attn.q_proj.weight", "nearest: model.layers.*.self_attn.q_proj.weight"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error_that_names_the_nearest(pattern: str, nearest: str) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(30)]
+    base = checkpoint("b", {name: ("F32", (1,)) for name in [*names, HEAD, "model.norm.weight"]})
+    message = refusal(base, base, exclude=["*.norm.weight", pattern])
+    assert message.startswith(f"the models do not fit the base:\n  exclude: '{pattern}' matches no tensor; {nearest}")
+    assert message.endswith("globs over whole names: '*.bias', 'model.layers.0.*'.")
+
+
+# -- tensors that are not floating point ------------------------------------------------------------------------------
+
+
+def test_non_float_tensors_are_the_bases_and_checked_for_equality() -> None:
+    tensors: dict[str, tuple[str, Shape]] = {
+        "a": ("F32", (1,)),
+        "ids": ("I64", (1, 512)),
+        "mask": ("BOOL", (2,)),
+        "z": ("C64", (1,)),
+    }
+    base, one, two = checkpoint("b", tensors), checkpoint("one", tensors), checkpoint("two", {"a": ("F32", (1,))})
+    merge_set = compared(base, one, two)
+    assert actions(merge_set) == {"a": "merge", "ids": "copy", "mask": "copy", "z": "copy"}
+    assert merge_set.elements == 1
+    assert [check.left.name for check in merge_set.equal] == ["ids", "mask", "z"]
+    assert merge_set.equal[0] == EqualCheck(
+        reason="non_float",
+        left_model=0,
+        left=base.tensors["ids"],
+        right_model=1,
+        right=one.tensors["ids"],
+        message="ids (I64 (1, 512), not merged): expert 'one' differs from the base. "
+        "`non_float: base` takes the base's all the same.",
+    )
+    assert merge_set.notes == ("expert 'two': 3 tensors absent, not floating point; the base's stay",)
+
+
+def test_non_float_tensors_of_another_shape_are_refused_unless_the_base_is_taken() -> None:
+    base = checkpoint("b", {"ids": ("I64", (1, 512)), "n": ("I64", (1,))})
+    expert = checkpoint("math", {"ids": ("I64", (1, 1024)), "n": ("I32", (1,))})
+    message = refusal(base, expert)
+    assert (
+        "\n  ids: expert 'math' has I64 (1, 1024), base I64 (1, 512)\n  n:   expert 'math' has I32 (1,), base"
+        in message
+    )
+    assert "Keep the base's with `non_float: base`, or list these names under `exclude`." in message
+    merge_set = compared(base, expert, non_float="base")
+    assert (actions(merge_set), merge_set.equal) == ({"ids": "copy", "n": "copy"}, ())
+
+
+def test_float_against_non_float_is_refused_even_where_the_base_is_taken() -> None:
+    base, expert = checkpoint("b", {"n": ("I64", (1,))}), checkpoint("math", {"n": ("F32", (1,))})
+    assert "n: expert 'math' has dtype F32, base I64" in refusal(base, expert, non_float="base")
+
+
+def test_an_extra_non_float_tensor_is_dropped_and_said() -> None:
+    merge_set = compared(
+        checkpoint("b", {"a": ("F32", (1,))}), checkpoint("math", {"a": ("F32", (1,)), "n": ("I64", ())})
+    )
+    assert merge_set.notes == ("expert 'math': 1 tensor dropped, not floating point and not in the base",)
+
+
+# -- quantised weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [None, "text_config"])
+def test_a_quantization_config_is_refused_by_name(nested: str | None) -> None:
+    config: dict[str, object] = {"quantization_config": {"quant_method": "gptq"}}
+    expert = checkpoint("math", PLAIN, config={nested: config} if nested else config)
+    message = refusal(checkpoint("b", PLAIN), expert)
+    assert message == (
+        "the models do not fit the base:\n"
+        "  expert 'math': config.json has a quantization_config (gptq).\n"
+        "Quantised weights are not supported yet: dequantise the model first."
+    )
+    assert "\n  base: config.json has a quantization_config (gptq)." in refusal(expert, checkpoint("b", PLAIN))
+
+
+def test_an_empty_quantization_config_means_nothing() -> None:
+    assert compared(checkpoint("b", PLAIN, {"quantization_config": None}), checkpoint("x", PLAIN)).elements == 11
+
+
+@pytest.mark.parametrize(
+    "dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"]
+)
+def test_small_float_dtypes_are_refused_by_name(dtype: str) -> None:
+    quantised = checkpoint("q", {"a": (dtype, (8,)), "b": (dtype, (8,)), "c": ("F32", (1,))})
+    plain = checkpoint("p", {"a": ("BF16", (8,)), "b": ("BF16", (8,)), "c": ("F32", (1,))})
+    assert f"\n  base: 2 tensors quantised as {dtype} (a)." in refusal(quantised, plain)
+    assert f"\n  expert 'q': 2 tensors quantised as {dtype} (a)." in refusal(plain, quantised)
+    assert "Quantised weights are not supported yet" in refusal(quantised, quantised)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("m.qweight", "I32", (4, 4)),
+        ("m.qzeros", "I32", (1, 4)),
+        ("m.weight_packed", "I32", (4, 4)),
+        ("m.weight", "U8", (8, 1)),
+        ("m.weight", "I8", (4, 4)),
+        ("m.experts.gate_up_proj_blocks", "U8", (2, 2, 2, 2)),
+    ],
+)
+def test_integers_that_hold_packed_weights_are_refused(name: str, dtype: str, shape: Shape) -> None:
+    packed = checkpoint("q", {name: (dtype, shape), "c": ("F32", (1,))})
+    assert f"base: 1 tensor quantised as {dtype} ({name})." in refusal(packed, packed)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"), [("num_blocks", "I32", ()), ("ids", "I64", (1, 4)), ("weight", "BOOL", (2, 2))]
+)
+def test_counters_ids_and_masks_are_not_taken_for_packed_weights(name: str, dtype: str, shape: Shape) -> None:
+    model = checkpoint("m", {name: (dtype, shape), "c": ("F32", (1,))})
+    assert actions(compared(model, checkpoint("x", {"c": ("F32", (1,))})))[name] == "copy"
+
+
+def test_quantised_weights_may_be_excluded_together_with_their_scales() -> None:
+    model = checkpoint(
+        "m", {"l.weight": ("F8_E4M3", (8, 8)), "l.weight_scale_inv": ("F32", (1, 1)), "n.scale": ("F32", (1,))}
+    )
+    other = checkpoint(
+        "x", {"l.weight": ("F8_E4M3", (8, 8)), "l.weight_scale_inv": ("F32", (1, 1)), "n.scale": ("F32", (1,))}
+    )
+    assert "l.weight_scale_inv: scales quantised weights that are excluded" in refusal(
+        model, other, exclude=["l.weight"]
+    )
+    assert actions(compared(model, other, exclude=["l.*"])) == {
+        "l.weight": "copy",
+        "l.weight_scale_inv": "copy",
+        "n.scale": "merge",
+    }
+
+
+def test_dtypes_of_less_than_a_byte_cannot_even_be_copied() -> None:
+    model = checkpoint("m", {"a": ("F4", (8,)), "b": ("F32", (1,))})
+    assert "base: 1 tensor quantised as F4 (a)" in refusal(model, checkpoint("x", {"b": ("F32", (1,))}), exclude=["a"])
+
+
+# -- vocabulary -------------------------------------------------------------------------------------------------------
+
+
+def vocabulary(name: str, rows: int, extra: Mapping[str, tuple[str, Shape]] | None = None) -> Checkpoint:
+    return checkpoint(
+        name, {EMBED: ("F32", (rows, 4)), HEAD: ("F32", (rows, 4)), "lm_head.bias": ("F32", (rows,)), **(extra or {})}
+    )
+
+
+def test_truncate_drops_the_experts_extra_rows_and_says_so() -> None:
+    merge_set = compared(vocabulary("b", 10), vocabulary("one", 12), vocabulary("two", 10), vocab="truncate")
+    assert [tensor.shape for tensor in merge_set.tensors] == [(10,), (10, 4), (10, 4)]
+    assert merge_set.elements == 10 + 40 + 40
+    assert merge_set.notes == ("expert 'one': vocab: truncate drops 2 rows of 3 tensors",)
+
+
+def test_truncate_does_not_invent_rows_or_touch_other_tensors() -> None:
+    other: dict[str, tuple[str, Shape]] = {
+        "model.wpe.weight": ("F32", (8, 4)),
+        "layers.0.output.weight": ("F32", (4, 4)),
+    }
+    wider: dict[str, tuple[str, Shape]] = {
+        "model.wpe.weight": ("F32", (9, 4)),
+        "layers.0.output.weight": ("F32", (5, 4)),
+    }
+    message = refusal(vocabulary("b", 10, other), vocabulary("math", 9, wider), vocab="truncate")
+    for line in (
+        "lm_head.bias:              expert 'math' has shape (9,), base (10,)",
+        "lm_head.weight:            expert 'math' has shape (9, 4), base (10, 4)",
+        "layers.0.output.weight:    expert 'math' has shape (5, 4), base (4, 4)",
+        "model.wpe.weight:          expert 'math' has shape (9, 4), base (8, 4)",
+    ):
+        assert f"\n  {line}" in message
+    assert message.endswith("\nResize the vocabulary first, or list these names under `exclude`.")
+
+
+def test_truncate_needs_equal_columns() -> None:
+    base, expert = checkpoint("b", {EMBED: ("F32", (10, 4))}), checkpoint("math", {EMBED: ("F32", (12, 5))})
+    assert f"{EMBED}: expert 'math' has shape (12, 5), base (10, 4)" in refusal(base, expert, vocab="truncate")
+
+
+# -- tied weights -----------------------------------------------------------------------------------------------------
+
+BOTH: dict[str, tuple[str, Shape]] = {EMBED: ("BF16", (10, 4)), HEAD: ("BF16", (10, 4)), "norm": ("BF16", (4,))}
+NO_HEAD = {name: kind for name, kind in BOTH.items() if name != HEAD}
+
+
+def test_a_tied_head_is_an_alias_of_the_embedding_counted_once() -> None:
+    base, expert = checkpoint("b", BOTH, TIED), checkpoint("math", BOTH, TIED)
+    merge_set = compared(base, expert)
+    head = OutputTensor(name=HEAD, dtype="BF16", shape=(10, 4), action="merge", source=EMBED, counted=False)
+    assert merge_set.tensors[0] == head
+    assert merge_set.elements == 40 + 4
+    assert merge_set.notes == ("lm_head.weight is tied to model.embed_tokens.weight and counted once",)
+    assert [(c.reason, c.left_model, c.left.name, c.right_model, c.right.name) for c in merge_set.equal] == [
+        ("tied", 0, HEAD, 0, EMBED),
+        ("tied", 1, HEAD, 1, EMBED),
+    ]
+    assert merge_set.equal[1].message.startswith(
+        "expert 'math': lm_head.weight and model.embed_tokens.weight differ, though config.json says tie_word"
+    )
+
+
+@pytest.mark.parametrize("config", [None, {}, {"tie_word_embeddings": False}])
+def test_without_the_config_saying_so_nothing_is_tied(config: dict[str, object] | None) -> None:
+    merge_set = compared(checkpoint("b", BOTH, config), checkpoint("math", BOTH, config))
+    assert merge_set.elements == 40 + 40 + 4
+    assert merge_set.equal == ()
+
+
+@pytest.mark.parametrize("config", [None, {}, TIED])
+def test_a_tied_head_may_be_stored_in_the_base_alone(config: dict[str, object] | None) -> None:
+    merge_set = compared(checkpoint("b", BOTH, TIED), checkpoint("math", NO_HEAD, config))
+    assert (merge_set.tensors[0].name, merge_set.tensors[0].source) == (HEAD, EMBED)
+    assert [check.left_model for check in merge_set.equal] == [0]
+
+
+@pytest.mark.parametrize("config", [None, {}, TIED])
+def test_a_tied_head_may_be_stored_in_an_expert_alone(config: dict[str, object] | None) -> None:
+    merge_set = compared(checkpoint("b", NO_HEAD, TIED), checkpoint("math", BOTH, config))
+    assert [tensor.name for tensor in merge_set.tensors] == [EMBED, "norm"]
+    assert merge_set.notes == ("expert 'math': lm_head.weight, tied to model.embed_tokens.weight, is dropped",)
+    assert [(check.left_model, check.right_model) for check in merge_set.equal] == [(1, 1)]
+
+
+def test_an_expert_that_says_tied_explains_its_own_head_where_the_base_says_nothing() -> None:
+    merge_set = compared(checkpoint("b", NO_HEAD, {}), checkpoint("math", BOTH, TIED))
+    assert [tensor.name for tensor in merge_set.tensors] == [EMBED, "norm"]
+
+
+@pytest.mark.parametrize("stored", [BOTH, NO_HEAD])
+def test_an_untied_expert_of_a_tied_base_is_refused(stored: dict[str, tuple[str, Shape]]) -> None:
+    message = refusal(checkpoint("b", BOTH, TIED), checkpoint("math", stored, {"tie_word_embeddings": False}))
+    assert (
+        "\n  expert 'math': config.json says tie_word_embeddings: false, the base's says true, so lm_head.weight"
+        in message
+    )
+
+
+def test_a_tied_expert_without_the_head_of_an_untied_base_is_refused() -> None:
+    message = refusal(checkpoint("b", BOTH, {"tie_word_embeddings": False}), checkpoint("math", NO_HEAD, TIED))
+    assert "lm_head.weight: missing in expert 'math' (its config.json says tie_word_embeddings: true)" in message
+
+
+@pytest.mark.parametrize(
+    ("head", "embedding"),
+    [
+        ("lm_head.weight", "transformer.wte.weight"),
+        ("embed_out.weight", "gpt_neox.embed_in.weight"),
+        ("output.weight", "model.tok_embeddings.weight"),
+        ("transformer.output_layer.weight", "transformer.embedding.word_embeddings.weight"),
+        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("proj_out.weight", "model.decoder.embed_tokens.weight"),
+        ("lm_head.weight", "shared.weight"),
+        ("lm_head.weight", "backbone.embeddings.weight"),
+        ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
+    ],
+)
+def test_heads_and_embeddings_are_known_by_the_names_families_give_them(head: str, embedding: str) -> None:
+    model = checkpoint("m", {head: ("F32", (10, 4)), embedding: ("F32", (10, 4))}, TIED)
+    merge_set = compared(model, checkpoint("x", {embedding: ("F32", (10, 4))}, TIED))
+    assert {tensor.name: tensor.source for tensor in merge_set.tensors} == {head: embedding, embedding: embedding}
+
+
+def test_a_head_is_tied_to_the_embedding_of_its_own_part_and_shape() -> None:
+    names = ["vision.embeddings.weight", "talker.model.embed_tokens.weight", "thinker.model.embed_tokens.weight"]
+    tensors: dict[str, tuple[str, Shape]] = {name: ("F32", (10, 4)) for name in [*names, "thinker.lm_head.weight"]}
+    merge_set = compared(checkpoint("m", tensors, TIED), checkpoint("x", tensors, TIED))
+    sources = {tensor.name: tensor.source for tensor in merge_set.tensors}
+    assert sources["thinker.lm_head.weight"] == "thinker.model.embed_tokens.weight"
+    wide = {**tensors, "talker.lm_head.weight": ("F32", (7, 4)), "shared.weight": ("F32", (7, 4))}
+    merge_set = compared(checkpoint("m", wide, TIED), checkpoint("x", wide, TIED))
+    assert {t.name: t.source for t in merge_set.tensors}["talker.lm_head.weight"] == "shared.weight"
+
+
+def test_a_layers_own_output_is_no_head() -> None:
+    tensors: dict[str, tuple[str, Shape]] = {
+        EMBED: ("F32", (4, 4)),
+        "layers.0.output.weight": ("F32", (4, 4)),
+        "output.weight": ("F32", (2, 4)),
+    }
+    merge_set = compared(checkpoint("b", tensors, TIED), checkpoint("x", tensors, TIED))
+    assert all(tensor.counted for tensor in merge_set.tensors)
+
+
+@pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config", "decoder"])
+def test_a_multimodal_config_may_say_it_in_its_language_part(part: str) -> None:
+    config = {"tie_word_embeddings": False, part: TIED}
+    assert compared(checkpoint("b", BOTH, config), checkpoint("x", NO_HEAD, config)).elements == 44
+
+
+@pytest.mark.parametrize("head", [("BF16", (12, 4)), ("F32", (10, 4))])
+def test_a_tied_head_of_another_kind_than_its_embedding_is_refused(head: tuple[str, Shape]) -> None:
+    odd = checkpoint("odd", {**BOTH, HEAD: head}, TIED)
+    found = re.escape(
+        f"lm_head.weight and {EMBED} are tied (tie_word_embeddings: true), but one is {head[0]} {head[1]}"
+    )
+    for models in (
+        (odd, checkpoint("x", BOTH, TIED)),
+        (checkpoint("x", BOTH, TIED), odd),
+        (checkpoint("x", NO_HEAD, TIED), odd),
+    ):
+        assert re.search(found, refusal(*models))
+
+
+def test_excluding_the_embedding_takes_its_tied_head_along() -> None:
+    models = checkpoint("b", BOTH, TIED), checkpoint("math", BOTH, TIED)
+    for exclude in ([EMBED], [EMBED, HEAD]):
+        merge_set = compared(*models, exclude=exclude)
+        assert {t.name: (t.action, t.source) for t in merge_set.tensors} == {
+            HEAD: ("copy", EMBED),
+            EMBED: ("copy", EMBED),
+            "norm": ("merge", "norm"),
+        }
+        assert [check.left_model for check in merge_set.equal] == [0]
+
+
+def test_excluding_a_tied_head_alone_is_refused() -> None:
+    message = refusal(checkpoint("b", BOTH, TIED), checkpoint("math", BOTH, TIED), exclude=["lm_head*"])
+    assert f"lm_head.weight: is tied to {EMBED}: exclude both or neither" in message
+
+
+def test_an_excluded_head_that_only_an_expert_stores_is_simply_left_out() -> None:
+    merge_set = compared(checkpoint("b", NO_HEAD, TIED), checkpoint("math", BOTH, TIED), exclude=["lm_head*"])
+    assert merge_set.equal == ()
+
+
+def test_truncation_and_tying_go_together() -> None:
+    wide: dict[str, tuple[str, Shape]] = {**BOTH, EMBED: ("BF16", (12, 4)), HEAD: ("BF16", (12, 4))}
+    merge_set = compared(checkpoint("b", BOTH, TIED), checkpoint("math", wide, TIED), vocab="truncate")
+    assert merge_set.elements == 44
+    assert [check.left.shape for check in merge_set.equal] == [(10, 4), (12, 4)]
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_thousand_tensors_and_four_experts_are_compared_in_a_moment() -> None:
+    tensors: dict[str, tuple[str, Shape]] = {
+        f"model.layers.{i}.experts.{j}.weight": ("BF16", (2,)) for i in range(200) for j in range(100)
+    }
+    models = [checkpoint(f"m{i}", {**tensors, f"extra{i}": ("I64", (1,))}) for i in range(5)]
+    start = time.process_time()
+    merge_set = compared(*models, exclude=["model.layers.0.*", "*.experts.1.*"])
+    assert len(merge_set.tensors) == 20_001
+    assert time.process_time() - start < 2.0  # 0.2 s on a quiet machine; quadratic would be minutes
+
+
+def test_twenty_thousand_mismatches_are_told_in_a_moment() -> None:
+    base = checkpoint("b", {f"model.layers.{i}.w{i % 7}.weight": ("BF16", (2,)) for i in range(20_000)})
+    expert = checkpoint("math", {f"model.layers.{i}.v{i % 7}.weight": ("BF16", (2,)) for i in range(20_000)})
+    start = time.process_time()
+    message = refusal(base, expert, exclude=["model.layer.*.w", "nothing"])
+    assert message.startswith("40000 of 40000 tensors do not match the base:")
+    assert time.process_time() - start < 4.0

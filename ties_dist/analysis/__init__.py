@@ -1,0 +1,1 @@
+"""What the experts' deltas look like, in numbers and on a page."""

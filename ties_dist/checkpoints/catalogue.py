@@ -1,0 +1,339 @@
+"""Catalogue of a safetensors checkpoint: which tensor lies where, read from headers alone.
+
+Reads kilobytes per shard, never weights. All problems of a checkpoint are collected into one CheckpointError.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Final
+
+from xxhash import xxh3_128_hexdigest
+
+from ties_dist.checkpoints.header import AGAIN, LENGTH_BYTES, TensorEntry, brief, collector, parse_header, show
+from ties_dist.errors import CheckpointError, listing
+from ties_dist.storage.base import Reader
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The library's limit for a header; ours for an index and a config.json too."""
+
+_SUFFIX: Final = ".safetensors"
+_INDEX_SUFFIX: Final = ".safetensors.index.json"
+_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx")
+_SHARD: Final = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileHeader:
+    """One safetensors file: bytes in it, offset of its first tensor byte, xxh3_128 of the raw JSON header (hex)."""
+
+    size: int
+    data_start: int
+    header_digest: str
+
+    @property
+    def identity(self) -> str:
+        """Names the layout of the file without another read. Equal for files that differ in values only."""
+        return f"{self.header_digest}-{self.size}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The catalogue of one checkpoint.
+
+    name: the model's short name, for messages. files: by file name, `shards` is their order. config: config.json, None
+    where there is none (a single file never has one). metadata: `__metadata__` of the shards, the first shard wins.
+    index_file: the index that was read, None where one file holds everything. notes: things to say, not errors.
+    """
+
+    name: str
+    reader: Reader
+    shards: tuple[str, ...]
+    files: Mapping[str, FileHeader]
+    tensors: Mapping[str, TensorEntry]
+    config: Mapping[str, object] | None
+    metadata: Mapping[str, str]
+    index_file: str | None
+    index_metadata: Mapping[str, object]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data, headers not counted."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def find(self, name: str) -> str | None:
+        """What a module's parameter is called here: models with a head have the body's names behind one more word."""
+        if name in self.tensors:
+            return name
+        shorter = name.partition(".")[2]
+        if shorter and shorter in self.tensors:
+            return shorter
+        longer = self._behind_a_word.get(name, [])
+        return longer[0] if len(longer) == 1 else None
+
+    @cached_property
+    def _behind_a_word(self) -> Mapping[str, Sequence[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            if rest := name.partition(".")[2]:
+                found.setdefault(rest, []).append(name)
+        return found
+
+
+def open_checkpoint(path: Path, *, name: str, reader: Callable[[Path], Reader]) -> Checkpoint:
+    """The catalogue of a directory of safetensors or of one .safetensors file.
+
+    reader: opens a directory; for a single file its parent, of which nothing but that file is looked at.
+    Raises CheckpointError with all problems of this checkpoint.
+    """
+    if path.is_dir():
+        catalogue = _Catalogue(reader(path))
+        try:
+            names = catalogue.reader.names()
+        except OSError as error:
+            raise CheckpointError(f"checkpoint '{name}': {path} cannot be listed: {error}") from error
+        catalogue.choose(names)
+        if "config.json" in names:
+            catalogue.read_config()
+    elif path.is_file():
+        catalogue = _Catalogue(reader(path.parent))
+        catalogue.choose_file(path.name)
+    else:
+        raise CheckpointError(f"checkpoint '{name}': {path} is neither a directory nor a file.")
+    catalogue.read_shards()
+    if catalogue.problems:
+        count = len(catalogue.problems)
+        title = f"checkpoint '{name}' ({path}) has {'a problem' if count == 1 else f'{count} problems'}:"
+        raise CheckpointError(listing(title, catalogue.problems))
+    return catalogue.finish(name)
+
+
+class _Catalogue:
+    """A checkpoint while it is read: every step adds what it finds, or a line to `problems`, and goes on."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.shards: tuple[str, ...] = ()
+        self.weight_map: dict[str, str] | None = None  # None: no index
+        self.index_file: str | None = None
+        self.index_metadata: dict[str, object] = {}
+        self.config: dict[str, object] | None = None
+        self.files: dict[str, FileHeader] = {}
+        self.tensors: dict[str, TensorEntry] = {}
+        self.metadata: dict[str, str] = {}
+        self.places: dict[str, list[str]] = {}  # tensor -> every shard that stores it
+
+    # -- which files --------------------------------------------------------------------------------------------------
+
+    def choose(self, names: Iterable[str]) -> None:
+        """Settle which files of a directory are the checkpoint: its index, else model.safetensors, else its only file.
+
+        An index wins over files it does not name, and `model.safetensors` over its neighbours, as in transformers;
+        what is left aside is said.
+        """
+        names = sorted(names)
+        weights = [n for n in names if n.endswith(_SUFFIX)]
+        indexes = [n for n in names if n.endswith(_INDEX_SUFFIX)]
+        if "model" + _INDEX_SUFFIX in indexes:
+            indexes = ["model" + _INDEX_SUFFIX]
+        if "adapter_config.json" in names and "adapter_model.safetensors" in names:
+            self.shards = ("adapter_model.safetensors",)
+            self.notes.append("a PEFT adapter: what it adds to its base, not a model")
+        elif len(indexes) > 1:
+            self.problems.append(f"{len(indexes)} indexes ({_some(indexes)}): keep the one that is the model.")
+        elif indexes:
+            self._read_index(indexes[0])
+        elif "model" + _SUFFIX in weights:
+            self.shards = ("model" + _SUFFIX,)
+        elif len(weights) == 1:
+            self.choose_file(weights[0])
+            if (shard := _SHARD.search(weights[0])) and int(shard[2]) > 1:
+                self.problems.append(
+                    f"{weights[0]}: is shard {int(shard[1])} of {int(shard[2])}; the others and the index are missing."
+                )
+        elif weights:
+            self.problems.append(
+                f"{len(weights)} .safetensors files ({_some(weights)}) and no {_INDEX_SUFFIX[1:]}: which of them are "
+                "the model? Add the index, or name one file in the recipe."
+            )
+        elif other := [n for n in names if n.endswith(_OTHER_WEIGHTS)]:
+            self.problems.append(f"{_some(other)}: only safetensors are read; {_CONVERT}")
+        else:
+            self.problems.append(f"no .safetensors file among {len(names)} files.")
+        if self.shards and (stray := sorted(set(weights) - set(self.shards))):
+            self.notes.append(f"files that are not part of the model are left aside: {_some(stray)}")
+
+    def choose_file(self, file: str) -> None:
+        """Settle on one file, which is then the whole checkpoint."""
+        if file.endswith(_INDEX_SUFFIX):
+            self.problems.append(f"{file}: is an index; name the directory instead.")
+        elif not file.endswith(_SUFFIX):
+            self.problems.append(f"{file}: not a .safetensors file; {_CONVERT}")
+        else:
+            self.shards = (file,)
+
+    def _read_index(self, file: str) -> None:
+        self.index_file = file
+        index = self._read_json(file, unique_keys=True)
+        if index is None:
+            return
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            self.problems.append(f"{file}: 'weight_map' must map tensor names to files, found {brief(weight_map)}.")
+            return
+        if odd := [n for n, shard in weight_map.items() if not isinstance(shard, str)]:
+            for n in odd:
+                self.problems.append(f"{file}: {show(n)} must name a file, found {brief(weight_map[n])}.")
+            return
+        # A name that leaves the directory would let a downloaded index read any file of the machine.
+        shards = sorted(set(weight_map.values()))
+        plain = [shard for shard in shards if _is_plain(shard)]
+        for shard in sorted(set(shards) - set(plain)):
+            self.problems.append(f"{file}: {shard!r} is not the plain name of a .safetensors file in this directory.")
+        self.weight_map = weight_map
+        self.shards = tuple(plain)
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict):
+            self.index_metadata = metadata
+
+    # -- what is in them ----------------------------------------------------------------------------------------------
+
+    def read_config(self) -> None:
+        """config.json. NaN, Infinity and repeated keys are accepted: transformers writes (Mamba-2) and reads them."""
+        self.config = self._read_json("config.json", unique_keys=False)
+
+    def read_shards(self) -> None:
+        """All headers; then what they hold against what the index says."""
+        unread = set(self.shards)
+        for shard in self.shards:
+            before = len(self.problems)
+            try:
+                self._read_shard(shard)
+            except FileNotFoundError:
+                missing = "is named in the index but missing." if self.weight_map is not None else "is missing."
+                self.problems.append(f"{shard}: {missing}")
+            except (OSError, CheckpointError) as error:
+                self.problems.append(f"{shard}: cannot be read: {error}")
+            if len(self.problems) == before:
+                unread.discard(shard)
+        # One unread shard would make every tensor in it look lost.
+        self._compare_with_index(readable=set(self.shards) - unread)
+
+    def _compare_with_index(self, *, readable: set[str]) -> None:
+        """Each tensor must be in the shard the index names and nowhere else.
+
+        A stored tensor without an index entry is an error too: some loaders read whole shards, others follow the index,
+        so they would not agree on what the model is.
+        """
+        if self.weight_map is None:
+            return
+        for name, shard in self.weight_map.items():
+            if shard in readable and shard not in self.places.get(name, ()):
+                where = f"it is in {_some(self.places[name])}" if name in self.places else "no shard has it"
+                self.problems.append(f"{shard}: {show(name)} should be here according to {self.index_file}; {where}.")
+        for name, shards in self.places.items():
+            if name not in self.weight_map:
+                self.problems.append(f"{_some(shards)}: holds {show(name)}, which {self.index_file} does not list.")
+            elif len(shards) > 1 and self.weight_map[name] in shards:
+                self.problems.append(f"{_some(shards)}: {show(name)} is stored {len(shards)} times.")
+
+    def _read_shard(self, file: str) -> None:
+        size = self.reader.size(file)
+        if size < LENGTH_BYTES:
+            self.problems.append(
+                f"{file}: {size} bytes, too short for the 8-byte length every file starts with{AGAIN}."
+            )
+            return
+        head = self._read(file, 0, LENGTH_BYTES)
+        if head == b"version ":
+            self.problems.append(f"{file}: is a git-lfs pointer, not the weights; run `git lfs pull`.")
+            return
+        length = int.from_bytes(head, "little")
+        data_start = LENGTH_BYTES + length
+        if length > MAX_HEADER_BYTES:
+            self.problems.append(f"{file}: header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed.")
+        elif data_start > size:
+            ends = f"header ends at byte {data_start:,}, the file at {size:,}"
+            self.problems.append(f"{file}: truncated: {ends}{AGAIN}.")
+        else:
+            raw = self._read(file, LENGTH_BYTES, data_start)
+            self.files[file] = FileHeader(size=size, data_start=data_start, header_digest=xxh3_128_hexdigest(raw))
+            entries, metadata, problems = parse_header(raw, file=file, size=size)
+            self.problems += [f"{file}: {problem}" for problem in problems]
+            for name in entries:
+                self.places.setdefault(name, []).append(file)
+            self.tensors.update(entries)
+            self.metadata = {**metadata, **self.metadata}
+
+    def _read(self, file: str, start: int, stop: int) -> bytes:
+        span = self.reader.read(file, start, stop)
+        try:
+            return bytes(span.view)
+        finally:
+            span.release()
+
+    def _read_json(self, file: str, *, unique_keys: bool) -> dict[str, object] | None:
+        """A companion's JSON object; None, and a problem, where it is not one."""
+        repeated: list[str] = []
+        try:
+            size = self.reader.size(file)
+            if size > MAX_HEADER_BYTES:
+                self.problems.append(f"{file}: {size:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed.")
+                return None
+            raw = self._read(file, 0, size)
+            value = json.loads(raw.decode(), object_pairs_hook=collector(repeated) if unique_keys else None)
+        except (OSError, CheckpointError) as error:
+            self.problems.append(f"{file}: cannot be read: {error}")
+            return None
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            self.problems.append(f"{file}: not valid JSON: {error}")
+            return None
+        self.problems += [f"{file}: key {show(key)} appears twice." for key in repeated]
+        if not isinstance(value, dict):
+            self.problems.append(f"{file}: must be a JSON object, found {brief(value)}.")
+            return None
+        return value
+
+    def finish(self, name: str) -> Checkpoint:
+        """The catalogue, once nothing is wrong with it."""
+        # Shared tensors and old writers make total_size wrong in the wild; no loader depends on it.
+        held = sum(entry.nbytes for entry in self.tensors.values())
+        said = self.index_metadata.get("total_size", held)
+        if said != held:
+            self.notes.append(f"{self.index_file} says total_size {brief(said)}, the shards hold {held}")
+        return Checkpoint(
+            name=name,
+            reader=self.reader,
+            shards=self.shards,
+            files=self.files,
+            tensors=self.tensors,
+            config=self.config,
+            metadata=self.metadata,
+            index_file=self.index_file,
+            index_metadata=self.index_metadata,
+            notes=tuple(f"'{name}': {note}" for note in self.notes),
+        )
+
+
+# -- words for messages -----------------------------------------------------------------------------------------------
+
+_CONVERT: Final = "convert it to safetensors first (transformers: `save_pretrained(..., safe_serialization=True)`)."
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(show(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _is_plain(file: str) -> bool:
+    """A file name of this directory on any operating system: no separators, drives, dots alone, control characters."""
+    inside = PurePosixPath(file).name == file == PureWindowsPath(file).name
+    return inside and file.isprintable() and file.endswith(_SUFFIX)

@@ -1,0 +1,106 @@
+"""How the command line talks: notes and logs on stderr, a progress bar where somebody looks, and what signals mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from ties_dist.errors import StoppedError
+
+if TYPE_CHECKING:
+    from ties_dist.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+SIGINT_STATUS = 130
+
+
+def say(quiet: bool, notes: Sequence[str]) -> None:
+    for note in () if quiet else notes:
+        tell(logging.INFO, f"note: {note}")
+
+
+def tell(level: int, text: str) -> None:
+    """On stderr, in the form of the log."""
+    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
+        logger.log(level, "%s", text)
+    else:
+        click.echo(text, err=True)
+
+
+def log(verbose: int, quiet: bool) -> None:
+    level = logging.WARNING if quiet else logging.DEBUG if verbose > 1 else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_root().params.get("log_format") == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+    logging.getLogger("ties_dist").setLevel(level)
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time, level, where, message, and the numbers that a phase tells of itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "numbers", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def progress(quiet: bool) -> Progress:
+    from ties_dist.progress import LogProgress
+
+    if quiet or not sys.stderr.isatty():
+        return LogProgress()
+    from ties_dist.cli.tables import BarProgress
+
+    logging.getLogger("ties_dist.progress").setLevel(logging.WARNING)
+    return BarProgress()
+
+
+@contextmanager
+def signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM end the merge after the unit at hand; a second one ends the process at once."""
+    stop = threading.Event()
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if received:
+            os._exit(SIGINT_STATUS if number == signal.SIGINT else StoppedError.exit_status)
+        received.append(number)
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    except StoppedError as error:
+        if received[:1] == [signal.SIGINT]:
+            raise Interrupted(str(error)) from None
+        raise
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class Interrupted(StoppedError):
+    """Stopped by Ctrl-C; resumable all the same."""
+
+    exit_status = SIGINT_STATUS

@@ -1,0 +1,1 @@
+"""From a method's plain torch function to a loop for this processor or GPU."""

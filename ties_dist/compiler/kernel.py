@@ -1,0 +1,153 @@
+"""The merge of one slice: a method's plain torch function as one compiled loop, or, where that cannot be, eagerly.
+
+A kernel is compiled once per (method, types, number of experts) and kept on disk; every number enters as data. torch is
+imported only to trace a function that is not there yet, or to run one eagerly: 1.5 s that most merges never spend.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import xxhash
+
+from ties_dist.compiler.loop import ITEM_BYTES, DType, Loop
+from ties_dist.compiler.native import KernelStore, NativeKernel, compile_loop, load, runs_here
+from ties_dist.compiler.slices import Slice, flat
+from ties_dist.errors import PlanError
+from ties_dist.methods.base import Method, State
+
+if TYPE_CHECKING:
+    from ties_dist.compiler.cuda import Gpus
+    from ties_dist.compiler.fuse import Fused
+
+KernelKind = Literal["auto", "compiled", "eager"]
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent.parent
+OWN_METHODS = "ties_dist.methods."
+
+
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    """Digest of everything that a method's loop follows from, where the method is one of ours."""
+    folders = ("compiler", "kernels", "methods")
+    files = sorted(file for folder in folders for file in (PACKAGE / folder).glob("*.py"))
+    return xxhash.xxh3_128_hexdigest(b"\0".join(file.read_bytes() for file in files))
+
+
+@dataclass
+class MergeKernel:
+    """Merges the slices of one merge, from any thread.
+
+    wanted: 'auto' compiles; 'eager' never does. gpus: where slices are merged, instead of on the processor. `kind` is
+    what runs: 'compiled', 'eager' or 'cuda'.
+    """
+
+    method: Method
+    experts: int
+    wanted: KernelKind = "auto"
+    store: KernelStore = field(default_factory=KernelStore)
+    gpus: Gpus | None = None
+    _known: dict[tuple[DType, ...], NativeKernel | None] = field(default_factory=dict)
+    _on_gpus: dict[tuple[DType, ...], tuple[str, int]] = field(default_factory=dict)
+    _fused: dict[DType, Fused] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def kind(self) -> Literal["compiled", "eager", "cuda"]:
+        if self.gpus is not None:
+            return "cuda"
+        return "eager" if self.wanted == "eager" or None in self._known.values() else "compiled"
+
+    def __call__(self, slices: Sequence[Slice]) -> list[np.ndarray]:
+        """Merge slices into their `out`. Returns the counters of `eager.fuse` for each, int64."""
+        if self.gpus is not None:
+            return self.gpus.merge(slices, self.prepare_cuda)
+        return [self._merge(each) for each in slices]
+
+    def _merge(self, each: Slice) -> np.ndarray:
+        native = None if self.wanted == "eager" else self.prepare(each.types, each.out_type, each.state)
+        if native is None:
+            from ties_dist.compiler.fuse import run_eagerly
+
+            return run_eagerly(self._function(each.out_type), each)
+        items = [ITEM_BYTES[t] for t in (*each.types, each.out_type)]
+        return native(each.operands, flat(each.state), each.position, each.out, items)
+
+    def prepare(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:
+        """The compiled loop for these types: known, from disk, or made now. None where there can be none."""
+        key = (*types, out_type)
+        if key not in self._known:
+            with self._lock:
+                if key not in self._known:
+                    self._known[key] = self._make(types, out_type, state)
+        return self._known[key]
+
+    def prepare_cuda(self, each: Slice) -> tuple[str, int]:
+        """PTX of the loop for a slice's types, and how many counters it has. Raises PlanError."""
+        key = (*each.types, each.out_type)
+        if key not in self._on_gpus:
+            with self._lock:
+                if key not in self._on_gpus:
+                    self._on_gpus[key] = self._make_ptx(each)
+        return self._on_gpus[key]
+
+    def _make(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:
+        if not runs_here((*types, out_type)):
+            logger.warning("this processor has no float16 instructions: running eagerly, 20 times slower")
+            return None
+        key = self._key(types, out_type, state)
+        if self._own and (kept := self.store.get(key)) is not None:
+            return kept
+        from ties_dist.compiler.trace import UntraceableError
+
+        try:
+            loop = self._trace(types, out_type, state)
+        except UntraceableError as error:
+            logger.warning("`%s` cannot be compiled (%s): running eagerly, 20 times slower", self.method.name, error)
+            return None
+        code = compile_loop(loop)
+        if self._own:  # of a method from elsewhere, nobody knows what else its code follows from
+            self.store.put(key, code, len(loop.counters))
+        return load(code, len(loop.counters))
+
+    def _make_ptx(self, each: Slice) -> tuple[str, int]:
+        from ties_dist.compiler.cuda import compile_ptx
+        from ties_dist.compiler.trace import UntraceableError
+
+        try:
+            loop = self._trace(each.types, each.out_type, each.state)
+        except UntraceableError as error:
+            raise PlanError(f"`{self.method.name}` cannot run on a GPU ({error}). Use --device cpu.") from error
+        return compile_ptx(loop), len(loop.counters)
+
+    @property
+    def _own(self) -> bool:
+        return type(self.method).__module__.startswith(OWN_METHODS)
+
+    def _key(self, types: Sequence[DType], out_type: DType, state: State) -> str:
+        return self.store.key(_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state))
+
+    def _trace(self, types: Sequence[DType], out_type: DType, state: State) -> Loop:
+        from ties_dist.compiler.trace import trace
+
+        return trace(self._function(out_type), types, shapes(state))
+
+    def _function(self, out_type: DType) -> Fused:
+        if out_type not in self._fused:
+            from ties_dist.compiler.fuse import fuse
+
+            self._fused[out_type] = fuse(self.method, self.experts, out_type)
+        return self._fused[out_type]
+
+
+def shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(value) for name, value in state.items()}

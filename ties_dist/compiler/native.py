@@ -1,0 +1,169 @@
+"""Compiling a kernel's loop for this processor, keeping it on disk, and calling it.
+
+LLVM comes with numba (llvmlite): no compiler has to be installed on any machine. A kept kernel is an object file
+beside the statistics cache; loading it takes milliseconds and no torch. A call releases the GIL, so threads compute in
+parallel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numpy as np
+import xxhash
+
+from ties_dist.compiler.loop import DType, Loop, Target, emit
+
+logger = logging.getLogger(__name__)
+
+FUNCTION = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
+)
+LARGEST = 1 << 30
+"""Elements of one call: longer slices are cut, so that no 32-bit counter overflows."""
+
+
+@dataclass(frozen=True, eq=False)
+class NativeKernel:
+    """A compiled loop. counters: how many it writes."""
+
+    counters: int
+    _function: Any
+    _owner: object = field(repr=False)
+
+    def __call__(
+        self, operands: Sequence[memoryview], state: np.ndarray, position: int, out: memoryview, items: Sequence[int]
+    ) -> np.ndarray:
+        """Merge one slice. state: (numbers,) float32. items: bytes of an element of each operand and of the result.
+
+        Returns (counters,) int64.
+        """
+        n = len(out) // items[-1]
+        pointers = np.array([address(operand) for operand in operands], dtype=np.uint64)
+        target, found = address(out), np.empty(self.counters, dtype=np.int64)
+        total = np.zeros(self.counters, dtype=np.int64)
+        steps = np.array(items[:-1], dtype=np.uint64)
+        for low in range(0, n, LARGEST):
+            here = pointers + np.uint64(low) * steps
+            size = min(LARGEST, n - low)
+            self._function(
+                here.ctypes.data, target + low * items[-1], state.ctypes.data, found.ctypes.data, position + low, size
+            )
+            total += found
+        return total
+
+
+def address(content: memoryview) -> int:
+    """Where bytes lie in memory; valid while the view is."""
+    if not len(content):
+        return 0
+    return int(np.frombuffer(content, dtype=np.uint8).__array_interface__["data"][0])
+
+
+@lru_cache(maxsize=1)
+def processor() -> tuple[str, str, int]:
+    """Name and features of this processor, and how many float32 it computes at once."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    lanes = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+    return llvm.get_host_cpu_name(), features.flatten(), lanes
+
+
+def runs_here(types: Sequence[DType]) -> bool:
+    """Whether this processor can do it all: without F16C, float16 needs functions that are not there."""
+    features = processor()[1]
+    return "float16" not in types or "x86" not in llvm.get_process_triple() or "+f16c" in features.split(",")
+
+
+def _machine() -> Any:
+    name, features, _ = processor()
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(
+        cpu=name, features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
+
+
+def compile_loop(loop: Loop) -> bytes:
+    """The object file of a loop for this processor: about 0.1 s."""
+    machine, lanes = _machine(), processor()[2]
+    module = llvm.parse_assembly(
+        emit(loop, Target(triple=llvm.get_process_triple(), layout=str(machine.target_data), lanes=lanes))
+    )
+    module.verify()
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_unrolling = False  # a turn is a hundred instructions
+    builder = llvm.create_pass_builder(machine, tuning)
+    builder.getModulePassManager().run(module, builder)
+    return bytes(machine.emit_object(module))
+
+
+_loading = threading.Lock()
+
+
+def load(code: bytes, counters: int) -> NativeKernel:
+    with _loading:
+        processor()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        return NativeKernel(counters, FUNCTION(engine.get_function_address("merge")), engine)
+
+
+@dataclass(frozen=True)
+class KernelStore:
+    """Object files by name; folder None: nothing is kept. An unreadable or damaged one is compiled again."""
+
+    folder: Path | None = None
+
+    def key(self, *facts: object) -> str:
+        """Names a kernel for this processor. facts: everything its code follows from, as printed."""
+        name, features, lanes = processor()
+        text = repr((llvmlite.__version__, llvm.llvm_version_info, name, features, lanes, *facts))
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    def get(self, key: str) -> NativeKernel | None:
+        if self.folder is None:
+            return None
+        try:
+            head, _, code = (self.folder / f"{key}.o").read_bytes().partition(b"\n")
+            checksum, counters = head.split()
+            if xxhash.xxh3_128_hexdigest(counters + code).encode() != checksum:
+                raise ValueError("it is damaged")
+            return load(code, int(counters))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("kept kernel %s cannot be used (%s): compiling again", key, error)
+            return None
+
+    def put(self, key: str, code: bytes, counters: int) -> None:
+        """Keep a kernel. A folder that cannot be written is said, never an error."""
+        if self.folder is None:
+            return
+        size = str(counters).encode()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=".new-", dir=self.folder)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(xxhash.xxh3_128_hexdigest(size + code).encode() + b" " + size + b"\n" + code)
+                os.replace(name, self.folder / f"{key}.o")
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(name)
+                raise
+        except OSError as error:
+            logger.warning("cannot keep the kernel in %s (%s): the next merge compiles again", self.folder, error)

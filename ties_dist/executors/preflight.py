@@ -1,0 +1,136 @@
+"""Whether this machine can work on a merge: what a worker looks at before it is given anything.
+
+A folder that another machine does not see, sees differently or cannot write is found here, not hours later.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+from ties_dist.compiler.native import processor
+from ties_dist.errors import CheckpointError
+from ties_dist.inputs.opening import files_of, open_input
+from ties_dist.output.publish import OutFolder
+from ties_dist.planning.plan import Input, readable
+from ties_dist.storage.backends import memory_limit
+from ties_dist.worker.site import Site
+
+PROBE_BYTES = 3 << 12
+COMPARED = ("ties-dist", "numpy", "llvmlite", "torch")
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same on every machine."""
+    return {"python": ".".join(map(str, sys.version_info[:2])), **{name: version(name) for name in COMPARED}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What the driver has, for workers to compare. token: the name of a file that it just wrote into OUT's state."""
+
+    token: str
+    versions: dict[str, str] = field(default_factory=versions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """kind: what has to be the same on all machines for the same bytes; text: what to tell of this one.
+
+    Processors of one architecture differ in how much they compute at once, not in a bit of it; of different ones that
+    is not proven.
+    """
+
+    kind: str
+    text: str
+
+
+def facts(site: Site, *, gpus: int = 0) -> Facts:
+    _, _, lanes = processor()
+    kernel = "eager" if site.resources.kernel == "eager" else f"compiled for {llvm.get_host_cpu_name()}"
+    text = f"{site.resources.thread_count} threads, kernel {kernel} ({lanes} float32 at once)"
+    return Facts(kind="cuda", text=f"{gpus} GPUs") if gpus else Facts(kind=platform.machine(), text=text)
+
+
+def preflight(site: Site, expected: Expectation) -> tuple[str, ...]:
+    """All that speaks against this machine, one line each; empty where nothing does."""
+    return (*_versions(expected), *_inputs(site), *_output(site.folder, expected.token), *_memory(site))
+
+
+def _versions(expected: Expectation) -> Iterator[str]:
+    for name, found in versions().items():
+        if found != expected.versions[name]:
+            yield f"{name} {found} is installed here, {expected.versions[name]} where the merge was started"
+
+
+def _inputs(site: Site) -> Iterator[str]:
+    for model in {(m.path, m.adapter): m for m in site.plan.models}.values():
+        try:
+            adapter = Path(model.adapter) if model.adapter else None
+            _, found = open_input(Path(model.path), adapter, model.name, site.resources.backend)
+        except (CheckpointError, OSError) as error:
+            yield f"{model.path}: {error}"
+            continue
+        if found != model.identity:
+            yield f"{model.path}: '{model.name}' is not the model it is where the merge was started"
+        elif site.resources.backend in ("auto", "mmap") and (reason := _unmappable(model)):
+            yield f"{model.path}: files cannot be mapped here ({reason}); give --read-backend pread"
+
+
+def _unmappable(model: Input) -> str | None:
+    for path in files_of(model)[:1]:
+        try:
+            with open(path, "rb") as file:
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).close()
+        except (OSError, ValueError) as error:
+            return str(error)
+    return None
+
+
+def _output(folder: OutFolder, token: str) -> Iterator[str]:
+    """Write at an offset, sync, rename and read back: what a merge does to its partial shards."""
+    if not (folder.run / token).exists():
+        yield f"{folder.path}: not the folder it is where the merge was started; OUT must be on a shared file system"
+        return
+    probe = folder.run / f"probe-{os.uname().nodename}-{os.getpid()}"
+    moved = probe.with_suffix(".moved")
+    step = "created"
+    try:
+        with open(probe, "wb", buffering=0) as file:
+            file.truncate(PROBE_BYTES)
+            step = "written at an offset"
+            if os.pwrite(file.fileno(), b"ties", 2 << 12) != 4:
+                raise OSError(errno.EIO, "a short write")
+            step = "synced"
+            os.fdatasync(file.fileno())
+        step = "renamed"
+        probe.replace(moved)
+        step = "read back"
+        with open(moved, "rb") as file:
+            if os.pread(file.fileno(), 4, 2 << 12) != b"ties":
+                raise OSError(errno.EIO, "not what was written")
+    except OSError as error:
+        yield f"{folder.path}: a file here cannot be {step}: {error.strerror or error}"
+    finally:
+        for path in (probe, moved):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _memory(site: Site) -> Iterator[str]:
+    limit = memory_limit()
+    if limit is not None and site.plan.projected_bytes > limit:
+        yield (
+            f"a worker needs {readable(site.plan.projected_bytes)} of memory, the limit here is {readable(limit)}; "
+            "give a smaller --memory-budget or larger workers"
+        )

@@ -1,0 +1,1 @@
+"""From models on disk to parameters that fit together."""

@@ -1,0 +1,175 @@
+"""The models and statistics that a plan reads: opened, named by their content, compared, and stamped."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ties_dist.adapters.merging import open_alone
+from ties_dist.adapters.peft import Adapter, adapt, is_of_base, read_adapter
+from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
+from ties_dist.errors import CheckpointError, listing
+from ties_dist.inputs.congruence import EqualCheck, MergeSet
+from ties_dist.planning.plan import Input, MergePlan, digest
+from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
+from ties_dist.statistics.collected import ExpertStatistics, is_statistics
+from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
+from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
+from ties_dist.storage.base import Reader
+from ties_dist.storage.readers import open_reader
+
+logger = logging.getLogger(__name__)
+
+SAMPLED_PAGES = 16
+"""Pages of each file that go into its identity, beside header and size."""
+PAGE_BYTES = 4096
+COMPARED_AT_ONCE = 8 << 20
+
+
+def open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[list[Checkpoint], list[str]]:
+    """Checkpoints in the order of the references, each path opened once; all their problems in one error."""
+    known: dict[tuple[Path, Path | None], tuple[Checkpoint, str] | None] = {}
+    problems = []
+    for reference in references:
+        key = reference.path, reference.adapter
+        if key in known:
+            continue
+        try:
+            known[key] = open_input(reference.path, reference.adapter, reference.name, backend)
+        except CheckpointError as error:
+            known[key] = None
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n".join(dict.fromkeys(problems)))
+    found = [pair for r in references if (pair := known[r.path, r.adapter]) is not None]
+    return [checkpoint for checkpoint, _ in found], [identity for _, identity in found]
+
+
+def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) -> tuple[Checkpoint, str]:
+    """The catalogue and the identity of a model, adapted or not, of an adapter or of statistics.
+
+    Raises CheckpointError.
+    """
+    if is_statistics(path):
+        store = ExpertStatistics.open(path)
+        return store.as_checkpoint(name), store.identity
+    if adapter is None and is_adapter(path):
+        alone = read_adapter(path, name, open_reader)
+        return open_alone(alone, name), digest(repr([identify(alone.tensors), sorted(alone.config.items())]).encode())
+    if adapter is None:
+        checkpoint = open_checkpoint(path, name=name, reader=lambda place: open_reader(place, backend))
+        return checkpoint, identify(checkpoint)
+    base, found = _open_adapted(path, adapter, name, backend)
+    parts = [identify(base), identify(found.tensors), sorted(found.config.items())]
+    return adapt(base, found, name), digest(repr(parts).encode())
+
+
+def _open_adapted(path: Path, adapter: Path, name: str, backend: Backend) -> tuple[Checkpoint, Adapter]:
+    base = open_checkpoint(path, name=path.stem, reader=lambda place: open_reader(place, backend))
+    return base, read_adapter(adapter, name, open_reader)
+
+
+def identify(checkpoint: Checkpoint) -> str:
+    """Names a checkpoint's content without reading it: header digests, sizes and some pages of each file."""
+    parts = []
+    for file in sorted(checkpoint.files):
+        header = checkpoint.files[file]
+        pages = random.Random(f"{header.header_digest}{header.size}")
+        sampled = []
+        for _ in range(SAMPLED_PAGES if header.size > header.data_start else 0):
+            start = pages.randrange(header.data_start, header.size)
+            span = checkpoint.reader.read(file, start, min(start + PAGE_BYTES, header.size))
+            sampled.append(digest(span.view))
+            span.release()
+        parts.append([header.identity, sampled])
+    return digest(repr(parts).encode())
+
+
+def compare_bytes(opened: Sequence[Checkpoint], merge_set: MergeSet) -> None:
+    """Read the few tensors that must be equal (tied heads, non-float tensors). Raises CheckpointError naming all."""
+    problems = [
+        check.message
+        for check in merge_set.equal
+        if not _equal(opened[check.left_model].reader, opened[check.right_model].reader, check)
+    ]
+    if problems:
+        raise CheckpointError(listing("tensors that must be equal are not:", problems))
+
+
+def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
+    a, b = check.left, check.right
+    for start in range(0, a.nbytes, COMPARED_AT_ONCE):
+        size = min(COMPARED_AT_ONCE, a.nbytes - start)
+        one = left.read(a.file, a.start + start, a.start + start + size)
+        other = right.read(b.file, b.start + start, b.start + start + size)
+        same = bytes(one.view) == bytes(other.view)
+        one.release()
+        other.release()
+        if not same:
+            return False
+    return True
+
+
+def opener(plan: MergePlan, backend: Backend) -> Callable[[Input], Reader]:
+    """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so."""
+    models = {m.path: m for m in reversed(plan.models) if m.adapter is None and _is_model(Path(m.path))}
+    chosen: dict[str, Backend] = dict.fromkeys(models, backend)
+    if backend == "auto":
+        files = {path: files_of(m) for path, m in models.items()}
+        mapped = sum(sum(file_sizes(listed).values()) for listed in files.values())
+        for path, m in reversed(models.items()):
+            facts = look(files[path], mapped=mapped, reread_bytes=plan.reread_bytes)
+            choice = choose(facts)
+            logger.log(logging.DEBUG if facts.size < SMALL_MODEL else logging.INFO, "reads: '%s' %s", m.name, choice)
+            chosen[path] = choice.backend
+
+    def open_one(model: Input) -> Reader:
+        path = Path(model.path)
+        if is_statistics(path):
+            return ArrayReader(path)
+        if model.adapter is None and is_adapter(path):
+            return open_alone(read_adapter(path, model.name, open_reader), model.name).reader
+        best = chosen.get(model.path, "auto")
+        if model.adapter is None:
+            return open_reader(path, best)
+        # The base's pages were read a moment ago, for the base: the page cache has them, direct I/O would ask the disk.
+        again = "pread" if best == "direct" else best
+        base, adapter = _open_adapted(path, Path(model.adapter), model.name, again)
+        return adapt(base, adapter, model.name).reader
+
+    return open_one
+
+
+def _is_model(path: Path) -> bool:
+    return not (is_statistics(path) or is_adapter(path))
+
+
+def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
+    """Size and modification time of every file that is read, by `model/file`: they change when the file does.
+
+    (-1, -1) for a file that is gone.
+    """
+    stamps = {}
+    for model in models:
+        for file in files_of(model):
+            stamps[f"{model.name}/{file.name}"] = (-1, -1)
+            with suppress(OSError):
+                found = file.stat()
+                stamps[f"{model.name}/{file.name}"] = (found.st_size, found.st_mtime_ns)
+    return stamps
+
+
+def files_of(model: Input) -> list[Path]:
+    """What is read of a model."""
+    path = Path(model.path)
+    if is_statistics(path):
+        return [path / GROUP_FILE]  # written last, with the digests of all arrays
+    applied = Path(model.adapter) if model.adapter else path if is_adapter(path) else None
+    beside = [applied / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if applied else []
+    if applied == path:
+        return beside
+    names = sorted({source.file for source in model.tensors.values() if is_of_base(source.file)})
+    return [path, *beside] if path.is_file() else [*(path / name for name in names), *beside]

@@ -1,0 +1,179 @@
+"""Output shards: which tensors, which headers, which byte offsets. Pure: it opens no file.
+
+All headers exist before any tensor is computed, so any worker can write any range, in any order, twice.
+Inside a shard tensors stand widest dtype first, then by name (the safetensors library's own order), and the header is
+padded with spaces so that data start at a multiple of 4096: every element is then aligned to its size in the file,
+and a cut at a multiple of 1 MiB never splits one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ties_dist.checkpoints.header import DTYPE_BITS
+
+DATA_ALIGNMENT = 4096
+ITEM_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor to be written. source: the input tensor it is made from (an alias's is the embedding's)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    merged: bool
+    source: str
+    counted: bool
+
+    @cached_property
+    def numel(self) -> int:
+        numel = 1
+        for extent in self.shape:
+            numel *= extent
+        return numel
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.item_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Elements [start, stop) of a tensor, at byte `offset` of its output shard."""
+
+    tensor: TensorSpec
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEM_BYTES[self.tensor.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputShard:
+    """One file to be written. starts: absolute byte offset of each tensor, in file order."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    starts: tuple[int, ...]
+    header: bytes
+    size: int
+
+    def segments(self, start: int, stop: int) -> Iterator[Segment]:
+        """The tensor slices inside bytes [start, stop) of the file, in file order; empty tensors have none."""
+        for i in range(max(0, bisect_right(self.starts, start) - 1), len(self.tensors)):
+            tensor, begin = self.tensors[i], self.starts[i]
+            if begin >= stop:
+                return
+            item = ITEM_BYTES[tensor.dtype]
+            low, high = max(start, begin), min(stop, begin + tensor.nbytes)
+            if low < high:
+                yield Segment(tensor=tensor, start=(low - begin) // item, stop=(high - begin) // item, offset=low)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    shards: tuple[OutputShard, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, OutputShard]:
+        return {shard.name: shard for shard in self.shards}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def index(self) -> str | None:
+        """The index file's text; None for a single shard, which has none."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {t.name: shard.name for shard in self.shards for t in shard.tensors}
+        total = sum(t.nbytes for shard in self.shards for t in shard.tensors)
+        document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(document, indent=2) + "\n"
+
+
+def lay_out(
+    tensors: Sequence[TensorSpec],
+    shard_of: Mapping[str, str],
+    max_shard_bytes: int | None = None,
+    *,
+    single: str = SINGLE_NAME,
+) -> Layout:
+    """Assign tensors to shards: as the base has them, or greedily by name up to `max_shard_bytes` of tensor data.
+
+    tensors: sorted by name. shard_of: the base's file for each tensor. A tensor larger than the limit gets a shard
+    of its own. File names are the base's where they are usable, else `model-00001-of-0000N.safetensors`; `single` is
+    the name of an only shard.
+    """
+    groups: list[list[TensorSpec]] = []
+    names: list[str] = []
+    if max_shard_bytes is None:
+        files = sorted({shard_of[t.name] for t in tensors}) or [SINGLE_NAME]
+        groups = [[] for _ in files]
+        place = {file: i for i, file in enumerate(files)}
+        for tensor in tensors:
+            groups[place[shard_of[tensor.name]]].append(tensor)
+        names = files
+    else:
+        groups, room = [[]], max_shard_bytes
+        for tensor in tensors:
+            if groups[-1] and tensor.nbytes > room:
+                groups.append([])
+                room = max_shard_bytes
+            groups[-1].append(tensor)
+            room -= tensor.nbytes
+    count = len(groups)
+    if count == 1:
+        names = [single]
+    elif not _numbered(names, count):
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return Layout(shards=tuple(_shard(name, group) for name, group in zip(names, groups, strict=True)))
+
+
+def _numbered(names: Sequence[str], count: int) -> bool:
+    return len(names) == count and all(re.fullmatch(rf"[\w.-]+-\d{{5}}-of-{count:05d}\.safetensors", n) for n in names)
+
+
+def _shard(name: str, tensors: Sequence[TensorSpec]) -> OutputShard:
+    ordered = sorted(tensors, key=lambda t: (-ITEM_BYTES[t.dtype], t.dtype, t.name))
+    document: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, position = [], 0
+    for tensor in ordered:
+        offsets.append(position)
+        document[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    data_start = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+    header = (data_start - 8).to_bytes(8, "little") + text.ljust(data_start - 8)
+    return OutputShard(
+        name=name,
+        tensors=tuple(ordered),
+        starts=tuple(data_start + offset for offset in offsets),
+        header=header,
+        size=data_start + position,
+    )

@@ -1,0 +1,1 @@
+"""Stores on disk: what is known of an expert besides its weights, and what scans counted."""

@@ -1,0 +1,1 @@
+"""Many merges of one recipe from one read of the inputs."""

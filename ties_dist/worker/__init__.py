@@ -1,0 +1,1 @@
+"""All that a worker ever runs: reading, counting, merging, solving."""

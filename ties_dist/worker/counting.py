@@ -1,0 +1,240 @@
+"""Reading inputs and counting: what a worker does with one unit, or one tensor, before anything is merged.
+
+All statistics are integers, so that counts add up to the same thresholds in any order and on any number of workers.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ties_dist.compiler.loop import DType
+from ties_dist.compiler.slices import TYPES, loadable, widened
+from ties_dist.errors import CheckpointError
+from ties_dist.planning.layout import ITEM_BYTES, Segment
+from ties_dist.planning.plan import Input, MergePlan, Unit
+from ties_dist.storage.base import Reader, Span
+from ties_dist.thresholds import KEEP_ALL, KEEP_NONE, Cuts, Histogram, TensorCut, Threshold, Window, resolve
+
+SELECT_SLICE = 1 << 22
+"""Elements read at a time where a whole tensor is ranked."""
+
+
+@dataclass
+class ModelReader:
+    """One input, opened for reading slices of tensors."""
+
+    model: Input
+    reader: Reader
+    requested_bytes: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def read(self, tensor: str, start: int, stop: int) -> Span:
+        """Bytes of elements [start, stop) of a tensor, as stored. Raises CheckpointError where they cannot be had."""
+        source = self.model.tensors[tensor]
+        item = ITEM_BYTES[source.dtype]
+        with self._counting:
+            self.requested_bytes += (stop - start) * item
+        try:
+            return self.reader.read(source.file, source.start + start * item, source.start + stop * item)
+        except OSError as error:  # gone since its header was read, or a failing disk
+            reason = error.strerror or str(error)
+            raise CheckpointError(
+                f"'{self.model.name}': {source.file} cannot be read: {reason}. Restore the file and run again."
+            ) from error
+
+    def type(self, tensor: str) -> DType:
+        return TYPES[self.model.tensors[tensor].dtype]
+
+    @contextmanager
+    def slice(self, tensor: str, start: int, stop: int) -> Iterator[np.ndarray]:
+        """(n,) elements as the histograms take them: float32, or uint16 holding bfloat16."""
+        span = self.read(tensor, start, stop)
+        try:
+            yield loadable(span.view, self.type(tensor))
+        finally:
+            span.release()
+
+    def widened(self, tensor: str, start: int, stop: int) -> np.ndarray:
+        """(n,) elements as float32, a copy."""
+        span = self.read(tensor, start, stop)
+        try:
+            return np.array(widened(span.view, self.type(tensor)))
+        finally:
+            span.release()
+
+
+@dataclass
+class Observation:
+    """Integer statistics of some units: mergeable by addition, each unit once. nonfinite: tensor -> counts."""
+
+    units: set[Unit] = field(default_factory=set)
+    histograms: dict[int, Histogram] = field(default_factory=dict)
+    nonfinite: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def add(self, other: Observation) -> None:
+        """Fold in a partial that shares no unit with this one."""
+        assert not self.units & other.units
+        self.units |= other.units
+        for expert, histogram in other.histograms.items():
+            if expert in self.histograms:
+                self.histograms[expert].add(histogram)
+            else:
+                self.histograms[expert] = copy.deepcopy(histogram)  # may be a read-only view of a message
+        for key, count in other.nonfinite.items():
+            self.nonfinite[key] = self.nonfinite.get(key, 0) + count
+
+
+@dataclass
+class Counter:
+    """Opened inputs of one plan; counts what statistics of them are asked for."""
+
+    plan: MergePlan
+    reader: Callable[[Input], Reader]
+
+    def __post_init__(self) -> None:
+        models = (self.plan.base, *self.plan.operands, *self.plan.grams)
+        opened = {id(m): ModelReader(m, self.reader(m)) for m in models}
+        self._models = list(opened.values())
+        self.base = opened[id(self.plan.base)]
+        self.operands = [opened[id(m)] for m in self.plan.operands]
+        count = len(self.plan.experts)
+        first = len(self.operands) - len(self.plan.extras) - count
+        self.experts = self.operands[first : first + count]
+        self.grams = [opened[id(m)] for m in self.plan.grams]
+
+    @property
+    def requested_bytes(self) -> int:
+        return sum(m.requested_bytes for m in self._models)
+
+    def segments(self, unit: Unit) -> list[Segment]:
+        return list(self.plan.layout.by_name[unit.shard].segments(unit.start, unit.stop))
+
+    def observe(self, unit: Unit, windows: Mapping[int, Window], into: Observation) -> None:
+        """Count |delta| over a unit's counted elements. windows: by expert, modulo their number."""
+        into.units.add(unit)
+        for expert, window in windows.items():
+            into.histograms.setdefault(expert, Histogram(window))
+        for segment in self.segments(unit):
+            if segment.tensor.counted:
+                self._observe_slice(segment.tensor.source, segment.start, segment.stop, into)
+
+    def _observe_slice(self, tensor: str, start: int, stop: int, into: Observation) -> None:
+        from ties_dist.kernels.histogram import count_magnitudes  # numba takes half a second to import
+
+        with self.base.slice(tensor, start, stop) as base:
+            for number, reader in enumerate(self.experts):
+                wanted = [(i, h) for i, h in into.histograms.items() if i % len(self.experts) == number]
+                if not wanted:
+                    continue
+                with reader.slice(tensor, start, stop) as values:
+                    before = wanted[0][1].nonfinite
+                    for _, h in wanted:
+                        count_magnitudes(base, values, h.coarse, h.fine, np.uint32(h.window.start_bits))
+                    found = wanted[0][1].nonfinite - before
+                if found:
+                    into.nonfinite[number, tensor] = into.nonfinite.get((number, tensor), 0) + found
+
+    def count_ties(self, unit: Unit, bits: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Per counted tensor of a unit and per expert, how many |delta| have the pattern `bits[expert]`."""
+        from ties_dist.kernels.histogram import count_equal
+
+        ties: dict[str, tuple[int, ...]] = {}
+        for segment in self.segments(unit):
+            if segment.tensor.counted:
+                with self.base.slice(segment.tensor.source, segment.start, segment.stop) as base:
+                    counts = []
+                    for expert, pattern in enumerate(bits):
+                        with self.experts[expert].slice(segment.tensor.source, segment.start, segment.stop) as values:
+                            counts.append(int(count_equal(base, values, np.uint32(pattern))))
+                ties[segment.tensor.source] = tuple(counts)
+        return ties
+
+    def find_tie(self, tensor: str, expert: int, bits: int, rank: int) -> int:
+        """Flat index of the `rank`-th (from 0) element of a tensor whose |delta| has the pattern `bits`."""
+        from ties_dist.kernels.histogram import count_equal, find_equal
+
+        numel = self.plan.sizes[tensor]
+        for start in range(0, numel, SELECT_SLICE):
+            stop = min(numel, start + SELECT_SLICE)
+            with self.base.slice(tensor, start, stop) as base, self.experts[expert].slice(tensor, start, stop) as e:
+                found = int(find_equal(base, e, np.uint32(bits), rank))
+                if found >= 0:
+                    return start + found
+                rank -= int(count_equal(base, e, np.uint32(bits)))
+        raise AssertionError(f"{tensor}: fewer entries at the threshold than counted")
+
+    def count_nonfinite(self, tensor: str) -> dict[str, int]:
+        """NaN and Inf in one tensor of base and experts, by name."""
+        counts = {}
+        for reader in (self.base, *self.experts):
+            count = 0
+            for start in range(0, self.plan.sizes[tensor], SELECT_SLICE):
+                values = reader.widened(tensor, start, min(self.plan.sizes[tensor], start + SELECT_SLICE))
+                count += int((~np.isfinite(values)).sum())
+            counts[reader.model.name] = count
+        return counts
+
+    def select(self, tensor: str, numel: int) -> tuple[Cuts, dict[tuple[int, str], int]]:
+        """Exact thresholds of one tensor for every expert, and its non-finite counts.
+
+        Reads the tensor in slices: coarse counts, then fine counts of the buckets that hold the ranks, then, where
+        ties are cut, the position of the cut. Reads after the first come from the page cache.
+        """
+        rule = self.plan.method.trim
+        assert rule is not None
+        densities = [numbers["density"] for numbers in self.plan.numbers[tensor].experts]
+        ranks = [rule.rank(numel, density) if numel else None for density in densities]
+        resolved: dict[int, Threshold] = {
+            i: KEEP_ALL if rank is None else KEEP_NONE for i, rank in enumerate(ranks) if not rank
+        }
+        seen = self._select_pass(tensor, numel, {i: Window(0, 0) for i in range(len(ranks)) if i not in resolved})
+        if seen.nonfinite:
+            return tuple(TensorCut(KEEP_ALL.bits, numel) for _ in ranks), seen.nonfinite
+        windows = {}
+        for i, histogram in seen.histograms.items():
+            bucket = resolve(histogram, ranks[i] or 0)
+            assert isinstance(bucket, int)
+            windows[i] = Window(bucket, 1)
+        for i, histogram in self._select_pass(tensor, numel, windows).histograms.items():
+            threshold = resolve(histogram, ranks[i] or 0)
+            assert isinstance(threshold, Threshold)
+            resolved[i] = threshold
+        cuts = []
+        for i, rank in enumerate(ranks):
+            found, ties = resolved[i], numel
+            if rule.tie_policy == "exact_k" and rank and found.above + found.equal > rank:
+                ties = self.find_tie(tensor, i, found.bits, rank - found.above)
+            cuts.append(TensorCut(found.bits, ties))
+        return tuple(cuts), {}
+
+    def _select_pass(self, tensor: str, numel: int, windows: Mapping[int, Window]) -> Observation:
+        seen = Observation(histograms={i: Histogram(w) for i, w in windows.items()})
+        if windows:
+            for start in range(0, numel, SELECT_SLICE):
+                self._observe_slice(tensor, start, min(numel, start + SELECT_SLICE), seen)
+        return seen
+
+    def sample(
+        self, slices: Sequence[tuple[str, int, int]], weights: Sequence[float], experts: Sequence[int]
+    ) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """|delta| of some slices (tensor, start, stop), by expert (n,) float32, and each one's weight, (n,) float64.
+
+        For predictions only.
+        """
+        size = sum(stop - start for _, start, stop in slices)
+        collected = {i: np.empty(size, np.float32) for i in experts}
+        at = 0
+        with np.errstate(invalid="ignore", over="ignore"):
+            for tensor, start, stop in slices:
+                base, end = self.base.widened(tensor, start, stop), at + stop - start
+                for i, into in collected.items():
+                    np.abs(self.experts[i].widened(tensor, start, stop) - base, out=into[at:end])
+                at = end
+        lengths = [stop - start for _, start, stop in slices]
+        return collected, np.repeat(np.array(weights, np.float64), lengths)

@@ -1,0 +1,364 @@
+"""What a worker does with one unit: observe it, or merge it. All a worker ever runs.
+
+Here bytes in files and arithmetic on tensors meet, and nowhere else. A unit's three steps (load, compute, store) are
+separate, so that an executor can read ahead and write behind those that compute. Everything else it may be asked is an
+operation: a small value that travels to where the worker is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from ties_dist.compiler.kernel import KernelKind, MergeKernel
+from ties_dist.compiler.loop import ITEM_BYTES as KERNEL_ITEM_BYTES
+from ties_dist.compiler.loop import DType
+from ties_dist.compiler.native import KernelStore
+from ties_dist.compiler.slices import TYPES, Slice
+from ties_dist.methods.base import Cut, State
+from ties_dist.planning.layout import ITEM_BYTES, Segment, TensorSpec
+from ties_dist.planning.plan import Unit, digest
+from ties_dist.storage.base import BLOCK_BYTES, Span, Writer
+from ties_dist.storage.buffers import Buffers
+from ties_dist.thresholds import Cuts, Window, from_bits, split_points
+from ties_dist.worker.counting import Counter, Observation
+from ties_dist.worker.matrices import Matrices
+
+if TYPE_CHECKING:
+    from ties_dist.compiler.cuda import Gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeTask:
+    """One unit and the state it is merged with: cuts by source tensor, and the sign of exact cancellations."""
+
+    unit: Unit
+    cuts: Mapping[str, Cuts]
+    majority: int
+
+    @cached_property
+    def state_digest(self) -> str:
+        """Digest of the thresholds alone; the majority sign stands beside it in the journal."""
+        return digest(repr(sorted(self.cuts.items())).encode())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeResult:
+    """A unit whose bytes are written, not yet durable.
+
+    blocks: digest of each 1 MiB block of the file the unit covers. counts: per source tensor, in the order of
+    `MergePlan.counter_names`. dependent: entries whose result depends on the majority sign; sign_sum: of elected signs.
+    """
+
+    unit: Unit
+    state_digest: str
+    majority: int
+    blocks: tuple[str, ...]
+    counts: Mapping[str, tuple[int, ...]]
+    dependent: int
+    sign_sum: int = 0
+
+
+@dataclass
+class Worker(Counter):
+    """Opened inputs and a compiled kernel: does units of one plan."""
+
+    kernel_kind: KernelKind = "auto"
+    kernel_store: KernelStore = field(default_factory=KernelStore)
+    gpus: Gpus | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.solving = threading.BoundedSemaphore(self.plan.solvers)
+        self._state = lru_cache(maxsize=4096)(self._build_state)
+
+    @cached_property
+    def kernel(self) -> MergeKernel:
+        return MergeKernel(self.plan.method, len(self.plan.experts), self.kernel_kind, self.kernel_store, self.gpus)
+
+    def warm_up(self) -> None:
+        """Make the kernels for the types of these models ready, while others are reading samples or a scan."""
+        done: set[tuple[DType, ...]] = set()
+        for tensor in self.plan.tensors if self.kernel_kind != "eager" and self.gpus is None else ():
+            if not tensor.merged:
+                continue
+            types = self._types(tensor.source)
+            if (*types, TYPES[tensor.dtype]) not in done:
+                done.add((*types, TYPES[tensor.dtype]))
+                cuts = ((0.0, 0.0),) * (len(self.plan.experts) if self.plan.method.trim else 0)
+                self.kernel.prepare(types, TYPES[tensor.dtype], self._state(*self._key(tensor.source), cuts, 1))
+
+    def _types(self, tensor: str) -> tuple[DType, ...]:
+        return tuple(m.type(tensor) for m in self.operands)
+
+    def sample_signs(
+        self, slices: Sequence[tuple[str, int, int]], weights: Sequence[float], cuts: Mapping[str, Cuts]
+    ) -> float:
+        """The sum of elected signs that a sample of this size has, by merging its slices (tensor, start, stop) away.
+
+        Weighted as they represent the model, but not scaled up to it: units that follow count as much per element.
+        """
+        signs, sampled, at = 0.0, 0, self.plan.counter_names.index("sign_sum")
+        for (tensor, start, stop), weight in zip(slices, weights, strict=True):
+            spans = [m.read(tensor, start, stop) for m in self.operands]
+            written = self.base.model.tensors[tensor].dtype
+            part = Part(
+                tensor=tensor,
+                written=written,
+                start=start,
+                stop=stop,
+                views=[span.view for span in spans],
+                cuts=cuts[tensor],
+                majority=1,
+                out=memoryview(bytearray((stop - start) * ITEM_BYTES[written])),
+            )
+            signs += weight * float(self.merge_parts([part])[0][at])
+            sampled += stop - start
+            for span in spans:
+                span.release()
+        return signs * sampled / max(1, self.plan.elements)
+
+    def _build_state(
+        self, parameters: tuple[tuple[str, float], ...], experts: tuple[tuple[tuple[str, float], ...], ...],
+        cuts: tuple[tuple[float, float], ...], majority: int,
+    ) -> State:  # fmt: skip
+        return self.plan.method.state(
+            dict(parameters), [dict(e) for e in experts], [Cut(threshold=t, keep=k) for t, k in cuts], majority
+        )
+
+    def _key(
+        self, tensor: str
+    ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[tuple[str, float], ...], ...]]:  # fmt: skip
+        numbers = self.plan.numbers[tensor]
+        parameters = dict(numbers.parameters)
+        if self.plan.method.is_random:
+            parameters["tensor"] = float(xxhash.xxh32_intdigest(tensor.encode()))
+        return (
+            tuple(sorted(parameters.items())),
+            tuple(tuple(sorted(e.items())) for e in numbers.experts),
+        )
+
+    def merge_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        """Merge parts of tensors, all in one call of the kernel: a GPU is asked once per unit.
+
+        Returns each part's counts, int64 in the order of `counter_names`.
+        """
+        pieces = [(part, *bounds) for part in parts for bounds in pairwise(part.bounds)]
+        counted = iter(self.kernel([self._slice(*piece) for piece in pieces]))
+        totals = []
+        for part in parts:
+            total = np.zeros(len(self.plan.counter_names), dtype=np.int64)
+            for start, _ in pairwise(part.bounds):
+                counts = next(counted)
+                total[: len(counts)] += counts
+                for i, cut in enumerate(part.cuts):
+                    above, equal = counts[self._trim_offset + 2 * i], counts[self._trim_offset + 2 * i + 1]
+                    kept = above + (equal if start < cut.ties else 0)
+                    total[len(counts) + 2 * i : len(counts) + 2 * i + 2] += (kept, kept if cut.bits else above)
+            totals.append(total)
+        return totals
+
+    def _slice(self, part: Part, start: int, stop: int) -> Slice:
+        """Elements [start, stop) of a part, which lie wholly on one side of each cut of ties."""
+        levels = tuple((from_bits(c.bits), from_bits(c.bits if start < c.ties else c.bits + 1)) for c in part.cuts)
+        low, high = start - part.start, stop - part.start
+        types, out_type = self._types(part.tensor), TYPES[part.written]
+        item = KERNEL_ITEM_BYTES[out_type]
+        return Slice(
+            operands=[
+                view[low * KERNEL_ITEM_BYTES[kind] : high * KERNEL_ITEM_BYTES[kind]]
+                for view, kind in zip(part.views, types, strict=True)
+            ],
+            types=types,
+            state=self._state(*self._key(part.tensor), levels, part.majority),
+            position=start,
+            out=part.out[low * item : high * item],
+            out_type=out_type,
+        )
+
+    @cached_property
+    def _trim_offset(self) -> int:
+        return len(self.operands) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Elements [start, stop) of a tensor to be merged. views: their bytes in each operand; written: the type of `out`,
+    as in its header."""
+
+    tensor: str
+    written: str
+    start: int
+    stop: int
+    views: Sequence[memoryview]
+    cuts: Cuts
+    majority: int
+    out: memoryview
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        return (self.start, *split_points(self.cuts, self.start, self.stop), self.stop)
+
+
+@dataclass
+class Loaded:
+    """Spans of a unit's inputs: per segment, one per operand (merged), or one of what is copied: the base's, or of a
+    matrix that was merged before."""
+
+    segments: list[Segment]
+    spans: list[list[Span]]
+
+    def release(self) -> None:
+        for spans in self.spans:
+            for span in spans:
+                span.release()
+
+
+Computed = tuple[np.ndarray, dict[str, tuple[int, ...]], int]
+"""A unit's bytes in a reused buffer, its counts, and how many entries depend on the majority sign."""
+
+
+@dataclass
+class MergeStep:
+    """The three steps of merging a unit: what may wait for a disk (load, store) is apart from what computes.
+
+    Thread-safe. One for all passes of a process: its buffers are reused.
+    """
+
+    worker: Worker
+    writer: Writer
+    matrices: Matrices = field(default_factory=Matrices)
+    buffers: Buffers = field(default_factory=Buffers)
+
+    @cached_property
+    def sign_counter(self) -> int | None:
+        names = self.worker.plan.counter_names
+        return names.index("sign_sum") if "sign_sum" in names else None
+
+    def load(self, task: MergeTask) -> Loaded:
+        segments = self.worker.segments(task.unit)
+        spans: list[list[Span]] = []
+        for s in segments:
+            if self.is_solved(s.tensor):
+                item = s.tensor.item_bytes
+                spans.append([self.matrices.read(s.tensor.source, s.start * item, s.stop * item)])
+                continue
+            models = self.worker.operands if s.tensor.merged else [self.worker.base]
+            spans.append([m.read(s.tensor.source, s.start, s.stop) for m in models])
+        return Loaded(segments, spans)
+
+    def is_solved(self, tensor: TensorSpec) -> bool:
+        """Whether a tensor was merged whole, and is copied from there."""
+        if not tensor.merged or tensor.source not in self.worker.plan.matrices:
+            return False
+        solved = self.matrices.get(tensor.source)
+        assert solved is not None, "matrices are merged before the units"
+        return not solved.plain
+
+    def compute(self, task: MergeTask, loaded: Loaded) -> Computed:
+        computed = self.merge(task, loaded)
+        loaded.release()
+        return computed
+
+    def merge(self, task: MergeTask, loaded: Loaded) -> Computed:
+        """`compute`, but what was loaded is kept, for another merge of the same unit."""
+        unit, worker = task.unit, self.worker
+        shard = worker.plan.layout.by_name[unit.shard]
+        buffer = self.buffers.take(unit.nbytes)
+        out = buffer.data[: unit.nbytes]
+        if unit.start < len(shard.header):
+            head = shard.header[unit.start : unit.stop]
+            out[: len(head)] = head
+        counts: dict[str, tuple[int, ...]] = {}
+        merged: list[Segment] = []
+        parts: list[Part] = []
+        for segment, spans in zip(loaded.segments, loaded.spans, strict=True):
+            place = out[segment.offset - unit.start : segment.offset - unit.start + segment.nbytes]
+            if not segment.tensor.merged or self.is_solved(segment.tensor):
+                place[:] = spans[0].view
+                continue
+            merged.append(segment)
+            parts.append(
+                Part(
+                    tensor=segment.tensor.source,
+                    written=segment.tensor.dtype,
+                    start=segment.start,
+                    stop=segment.stop,
+                    views=[span.view for span in spans],
+                    cuts=task.cuts.get(segment.tensor.source, ()),
+                    majority=task.majority,
+                    out=place,
+                )
+            )
+        dependent = 0
+        for segment, found in zip(merged, worker.merge_parts(parts), strict=True):
+            if worker.plan.method.asks_majority:
+                dependent += int(found[worker.plan.counter_names.index("cancellations")])
+            if segment.tensor.counted:  # an alias is written again, but counted once
+                counts[segment.tensor.source] = tuple(int(c) for c in found)
+        return buffer, counts, dependent
+
+    def store(self, task: MergeTask, computed: Computed) -> MergeResult:
+        buffer, counts, dependent = computed
+        block = buffer.data[: task.unit.nbytes]
+        self.writer.write(task.unit.shard, task.unit.start, block)
+        blocks = block_digests(block)
+        self.buffers.give(buffer)
+        return MergeResult(
+            unit=task.unit,
+            state_digest=task.state_digest,
+            majority=task.majority,
+            blocks=blocks,
+            counts=counts,
+            dependent=dependent,
+            sign_sum=sum(c[self.sign_counter] for c in counts.values()) if self.sign_counter is not None else 0,
+        )
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Counts |delta| of units into histograms. windows: by expert, as of `Counter.observe`."""
+
+    windows: Mapping[int, Window]
+
+    def __call__(self, step: MergeStep, unit: Unit, into: Observation) -> None:
+        step.worker.observe(unit, self.windows, into)
+
+
+@dataclass(frozen=True)
+class CountTies:
+    """Entries of a unit that equal the thresholds. bits: by expert."""
+
+    bits: tuple[int, ...]
+
+    def __call__(self, step: MergeStep, unit: Unit) -> dict[str, tuple[int, ...]]:
+        return step.worker.count_ties(unit, self.bits)
+
+
+@dataclass(frozen=True)
+class SelectTensor:
+    """The exact thresholds of a tensor over its own elements."""
+
+    def __call__(self, step: MergeStep, tensor: str) -> tuple[Cuts, dict[tuple[int, str], int]]:
+        return step.worker.select(tensor, step.worker.plan.sizes[tensor])
+
+
+@dataclass(frozen=True)
+class StillThere:
+    """Whether a range that was written has the bytes it had then."""
+
+    def __call__(self, step: MergeStep, result: MergeResult) -> bool:
+        unit = result.unit
+        return block_digests(step.writer.read(unit.shard, unit.start, unit.stop)) == result.blocks
+
+
+def block_digests(content: memoryview) -> tuple[str, ...]:
+    """Digest of each 1 MiB block; `content` starts at a block."""
+    return tuple(digest(content[i : i + BLOCK_BYTES]) for i in range(0, len(content), BLOCK_BYTES))

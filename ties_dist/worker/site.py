@@ -1,0 +1,48 @@
+"""All that a process needs to work on one merge, wherever it runs: small enough to travel, the same for everyone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ties_dist.compiler.native import KernelStore
+from ties_dist.inputs.opening import opener
+from ties_dist.output.lock import Holder, RunLock
+from ties_dist.output.publish import OutFolder
+from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.prepare import Resources
+from ties_dist.storage.local import LocalWriter
+from ties_dist.worker.matrices import Matrices
+from ties_dist.worker.merging import MergeStep, Worker
+
+if TYPE_CHECKING:
+    from ties_dist.compiler.cuda import Gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What the work is, what a process may use for it, and where the output lies.
+
+    holder: of OUT's lock. Whoever writes checks before each range that it still is, and stops where it is not.
+    """
+
+    plan: MergePlan
+    resources: Resources
+    folder: OutFolder
+    holder: Holder
+
+    def open(self, gpus: Gpus | None = None) -> MergeStep:
+        """Inputs opened, a kernel to be compiled, the partial shards to be written."""
+        lock = RunLock(self.folder.state, me=self.holder)
+        worker = Worker(
+            self.plan,
+            opener(self.plan, self.resources.backend),
+            self.resources.kernel,
+            KernelStore(self.resources.kernel_cache),
+            gpus,
+        )
+        return MergeStep(
+            worker,
+            LocalWriter(self.folder.parts, self.folder.path, fence=lock.check),
+            Matrices(self.folder.run / "matrices", fence=lock.check),
+        )
