@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import checkpoints
 from benchmarks.checkpoints import Family
 from benchmarks.measure import Run, bring_cache_to, mib, run, spread, table, warm, write_report
-from ties_dist.statistics.counts import KERNELS
+from ties_dist.cache import KERNELS
 
 MOST_READS = 1.5
 

@@ -32,25 +32,27 @@ from xxhash import xxh3_64_intdigest
 from benchmarks.measure import Run
 from benchmarks.measure import run as measured_run
 from benchmarks.shapes import INDEX, SHAPES, Shape, assign_shards, header, index, name_shards
+from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.checkpoints.catalogue import open_checkpoint
 from ties_dist.cli.commands import SIZE
 from ties_dist.compiler.native import KernelStore
 from ties_dist.engine.passes import Forgetful, Passes
-from ties_dist.engine.totals import output_digest
 from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import identify
 from ties_dist.methods.known import METHODS
 from ties_dist.output.report import peak_rss_bytes
+from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
-from ties_dist.planning.prepare import Job, Resources, assemble
+from ties_dist.planning.prepare import Job, assemble
 from ties_dist.progress import LogProgress
 from ties_dist.recipe.recipe import load_recipe
-from ties_dist.statistics.counts import KERNELS, cache_folder
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.buffers import Buffers
+from ties_dist.storage.digests import output_digest
 from ties_dist.storage.readers import LocalSpan
-from ties_dist.worker.merging import MergeStep, MergeTask, Worker
+from ties_dist.values.items import MergeTask, blocks_by_file
+from ties_dist.worker.merging import MergeStep, Worker
 
 POOL_ELEMENTS = 4_194_301
 """A prime, 8 MiB in bfloat16: repeats of a long tensor never fall on the cuts of units."""
@@ -312,9 +314,7 @@ def merge(passes: Passes) -> str:
     passes.prove()
     passes.settle_majority()
     passes.check_numbers()
-    blocks: dict[str, list[str]] = {shard.name: [] for shard in passes.plan.layout.shards}
-    for unit in sorted(passes.results):
-        blocks[unit.shard].extend(passes.results[unit].blocks)
+    blocks = blocks_by_file(passes.results.values())
     shards = passes.plan.layout.shards
     if any(len(blocks[s.name]) != -(-s.size // BLOCK_BYTES) for s in shards):
         raise SystemExit("units do not cover the output exactly once")
@@ -324,7 +324,7 @@ def merge(passes: Passes) -> str:
 def synthesis_cost(passes: Passes) -> tuple[float, float]:
     """Wall and CPU seconds of reading what the passes read, without computing; from evenly spread units."""
     before = passes.worker.requested_bytes
-    units = list(passes.plan.units())
+    units = list(passes.plan.items())
 
     def read(step: MergeStep, task: MergeTask) -> None:
         step.load(task).release()

@@ -22,8 +22,8 @@ from typing import Any, cast
 from benchmarks.measure import table, write_report
 from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order
-from ties_dist.planning.plan import Unit
-from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.values.items import MergeResult, MergeTask, Range, WorkItem
+from ties_dist.worker.merging import MergeStep
 from ties_dist.worker.site import Site
 
 MIB = 1 << 20
@@ -167,7 +167,7 @@ def simulate(case: Case, seed: int = 0) -> Outcome:
     """One merge pass. Raises SystemExit where a unit is not merged exactly once."""
     draw = random.Random(seed)
     units = [
-        Unit(f"model-{shard:05}.safetensors", start * MIB, (start + 8) * MIB)
+        WorkItem((Range(f"model-{shard:05}.safetensors", start * MIB, (start + 8) * MIB),))
         for shard in range(case.gigabytes // 5)
         for start in range(0, 4768, 8)
     ]
@@ -177,11 +177,11 @@ def simulate(case: Case, seed: int = 0) -> Outcome:
         if worker not in rates:
             rates[worker] = case.rate * draw.lognormvariate(0, case.spread)
             rates[worker] *= 0.2 if draw.random() < case.crawling else 1
-        return sum(task.unit.nbytes for task in order.items) / rates[worker] * draw.lognormvariate(0, 0.1)
+        return sum(task.item.nbytes for task in order.items) / rates[worker] * draw.lognormvariate(0, 0.1)
 
     def answer(order: Order) -> Answer:
         nothing: dict[str, Any] = {"state_digest": "", "majority": 1, "blocks": (), "counts": {}, "dependent": 0}
-        values = [MergeResult(unit=task.unit, **nothing) for task in order.items]
+        values = [MergeResult(item=task.item, **nothing) for task in order.items]
         return Answer(done=tuple(range(len(values))), values=values)
 
     fleet = SimulatedFleet(
@@ -196,10 +196,10 @@ def simulate(case: Case, seed: int = 0) -> Outcome:
     executor = FleetExecutor(fleet)
     began = time.process_time()
     executor.start(cast(Site, None))
-    first, merged, curve = fleet.clock, set[Unit](), [0.0]
-    tasks = executor.map_unordered(cast(MergeStep, None), units, lambda unit: MergeTask(unit=unit, cuts={}, majority=1))
+    first, merged, curve = fleet.clock, set[WorkItem](), [0.0]
+    tasks = executor.map_unordered(cast(MergeStep, None), units, lambda unit: MergeTask(item=unit, cuts={}, majority=1))
     for count, result in enumerate(tasks, 1):
-        merged.add(result.unit)
+        merged.add(result.item)
         curve += [fleet.clock - first] * (count * 20 // len(units) - len(curve) + 1)
     if not count == len(merged) == len(units):
         raise SystemExit("a unit was not merged exactly once")

@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks import ceiling, checkpoints
 from benchmarks.checkpoints import Family
 from benchmarks.measure import REPOSITORY, Run, bring_cache_to, cached_share, mib, run, spread, table, write_report
-from ties_dist.statistics.counts import KERNELS
+from ties_dist.cache import KERNELS
 
 METHODS = ("ties", "linear", "task_arithmetic")
 ALLOWED_ULPS = 1

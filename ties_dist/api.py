@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.compiler.kernel import KernelKind
+from ties_dist.dtypes import ITEM_BYTES
 from ties_dist.engine.run import run
-from ties_dist.engine.scan import sample_slices
 from ties_dist.executors.base import Cluster, Executor
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import opener
-from ties_dist.output.publish import OutFolder
+from ties_dist.output.folder import OutFolder
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.layout import ITEM_BYTES
+from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
-from ties_dist.planning.prepare import Job, Resources, prepare
+from ties_dist.planning.prepare import Job, prepare
+from ties_dist.planning.sample import sample_slices
 from ties_dist.progress import LogProgress, Progress
-from ties_dist.statistics.counts import KERNELS, StatisticsStore, cache_folder
+from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
 from ties_dist.thresholds import predict
 from ties_dist.worker.merging import Worker
@@ -227,7 +229,7 @@ def plan(
         elements=chosen.elements,
         experts=tuple(e.name for e in chosen.experts),
         shards=len(chosen.layout.shards),
-        units=sum(1 for _ in chosen.units()),
+        units=sum(1 for _ in chosen.items()),
         unit_bytes=chosen.unit_bytes,
         passes=passes,
         read_bytes=(passes[0] * chosen.input_bytes, passes[1] * chosen.input_bytes + _guess_bytes(chosen)),
@@ -286,7 +288,7 @@ def _free(out: Path) -> int:
 def _sample(job: Job) -> Sample:
     """Thresholds and kept shares as the sampled slices have them, and the time at the rate they were counted."""
     chosen = job.plan
-    worker = Worker(chosen, opener(chosen, job.resources.backend))
+    worker = Worker(chosen, opener(chosen.models, job.resources.backend, reread_bytes=chosen.reread_bytes))
     rule = chosen.method.trim
     thresholds: list[float | None] = []
     kept: list[float | None] = []
@@ -315,7 +317,7 @@ def _sample(job: Job) -> Sample:
 
 def _predict_seconds(chosen: MergePlan, worker: Worker) -> float:
     """Time of the likely case, at the rate one unit in the middle is read from where it lies and touched once."""
-    units = list(chosen.units())
+    units = list(chosen.items())
     unit = units[len(units) // 2]
     began, read = time.monotonic(), worker.requested_bytes
     for segment in worker.segments(unit):

@@ -19,8 +19,6 @@ Messages say what is wrong with which thing, what was found and expected, and wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import ClassVar
 
 
@@ -78,19 +76,3 @@ class ProofError(TiesDistError, RuntimeError):
     """The counts of a merge contradict its threshold: a bug, or inputs that changed while they were read."""
 
     exit_status: ClassVar[int] = 1
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint for an error message: the nearest known word, or the whole (short) list."""
-    close = get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    return "known: " + ", ".join(known)
-
-
-def listing(title: str, problems: Sequence[str], advice: str = "", *, limit: int = 20) -> str:
-    """One message for all problems of a phase: a title, up to `limit` indented lines, and what to do."""
-    lines = [f"  {p}" for p in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  ... and {len(problems) - limit} more")
-    return "\n".join([title, *lines, *([advice] if advice else [])])

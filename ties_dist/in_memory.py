@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.checkpoints.header import TensorEntry
 from ties_dist.compiler.kernel import KernelKind
 from ties_dist.compiler.native import KernelStore
+from ties_dist.dtypes import TORCH_NAMES, torch_dtype
 from ties_dist.engine.passes import Forgetful, Passes
 from ties_dist.errors import RecipeError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.methods.known import METHODS
-from ties_dist.planning.prepare import Job, Resources, assemble
+from ties_dist.planning.options import Resources
+from ties_dist.planning.prepare import Job, assemble
 from ties_dist.progress import LogProgress
 from ties_dist.recipe.recipe import load_recipe
-from ties_dist.statistics.counts import KERNELS, cache_folder
 from ties_dist.storage.memory import MemoryReader, MemoryWriter
 from ties_dist.worker.merging import MergeStep, Worker
 
@@ -84,18 +86,7 @@ def merge_state_dicts(
     return _tensors(job, writer, parts[0])
 
 
-_HEADER_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_HEADER_NAMES = {torch_dtype(name): header for header, name in TORCH_NAMES.items()}
 
 
 def _in_memory(name: str, tensors: Mapping[str, Tensor]) -> Checkpoint:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ties_dist.planning.plan import readable
+from ties_dist.messages import readable
 
 logger = logging.getLogger(__name__)
 

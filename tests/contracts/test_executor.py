@@ -28,32 +28,34 @@ from ties_dist.errors import StoppedError, UnitError
 from ties_dist.executors.base import Executor, Fold, Ledger, Usage
 from ties_dist.executors.fleet import MAX_ATTEMPTS, FleetExecutor
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.planning.plan import UNITS_AROUND, Unit
-from ties_dist.planning.prepare import Resources, prepare
+from ties_dist.planning.memory import UNITS_AROUND
+from ties_dist.planning.options import Resources
+from ties_dist.planning.prepare import prepare
 from ties_dist.progress import LogProgress
 from ties_dist.thresholds import Histogram, Window
+from ties_dist.values.items import MergeResult, MergeTask, Range, WorkItem
 from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask, Worker
+from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.site import Site
 
 PROMPT_SECONDS = 20.0
 """An error or a stop that takes longer has been waited for, not raised."""
 
 
-def unit(number: int) -> Unit:
-    return Unit("model.safetensors", number << 20, (number + 1) << 20)
+def unit(number: int) -> WorkItem:
+    return WorkItem((Range("model.safetensors", number << 20, (number + 1) << 20),))
 
 
 MANY = 20_000
 """Units that take far longer than a test waits: only an error, a stop or a consumer that gives up ends such a merge."""
 
 
-def units(count: int = MANY) -> list[Unit]:
+def units(count: int = MANY) -> list[WorkItem]:
     return [unit(i) for i in range(count)]
 
 
-def described(asked: Unit) -> MergeTask:
-    return MergeTask(unit=asked, cuts={}, majority=1)
+def described(asked: WorkItem) -> MergeTask:
+    return MergeTask(item=asked, cuts={}, majority=1)
 
 
 @dataclass
@@ -64,7 +66,7 @@ class CountingStep:
     seconds: float = 0.0
     compute_seconds: float = 0.0
     done: Counter[str] = field(default_factory=Counter)
-    stored: list[Unit] = field(default_factory=list)
+    stored: list[WorkItem] = field(default_factory=list)
     computing: int = 0
     most_computing: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,16 +76,16 @@ class CountingStep:
     def _enter(self, step: str, task: MergeTask) -> None:
         with self.lock:
             self.done[step] += 1
-        if self.fail == (step, task.unit.start >> 20):
-            raise OSError(f"{step} of unit {task.unit.start >> 20}")
+        if self.fail == (step, task.item.ranges[0].start >> 20):
+            raise OSError(f"{step} of unit {task.item.ranges[0].start >> 20}")
         time.sleep(self.seconds)
 
     def load(self, task: MergeTask) -> str:
         self._enter("load", task)
-        return f"loaded {task.unit.start}"
+        return f"loaded {task.item.ranges[0].start}"
 
     def compute(self, task: MergeTask, loaded: str) -> str:
-        assert loaded == f"loaded {task.unit.start}"
+        assert loaded == f"loaded {task.item.ranges[0].start}"
         with self.lock:
             self.computing += 1
             self.most_computing = max(self.most_computing, self.computing)
@@ -91,14 +93,14 @@ class CountingStep:
         time.sleep(self.compute_seconds)
         with self.lock:
             self.computing -= 1
-        return f"computed {task.unit.start}"
+        return f"computed {task.item.ranges[0].start}"
 
     def store(self, task: MergeTask, computed: str) -> MergeResult:
-        assert computed == f"computed {task.unit.start}"
+        assert computed == f"computed {task.item.ranges[0].start}"
         self._enter("store", task)
         with self.lock:
-            self.stored.append(task.unit)
-        return MergeResult(unit=task.unit, state_digest="", majority=1, blocks=(), counts={}, dependent=0)
+            self.stored.append(task.item)
+        return MergeResult(item=task.item, state_digest="", majority=1, blocks=(), counts={}, dependent=0)
 
     @property
     def step(self) -> MergeStep:
@@ -118,11 +120,11 @@ class CountingFold:
 
     fail: int | None = None
     seconds: float = 0.0
-    folded: Counter[Unit] = field(default_factory=Counter)
+    folded: Counter[WorkItem] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, step: MergeStep, unit: Unit, into: Observation) -> None:
-        number = unit.start >> 20
+    def __call__(self, step: MergeStep, unit: WorkItem, into: Observation) -> None:
+        number = unit.ranges[0].start >> 20
         with self.lock:
             self.folded[unit] += 1
         if number == self.fail:
@@ -168,14 +170,14 @@ class ExecutorContract:
     ) -> None:
         step, results = CountingStep(), []
         for result in executor.map_unordered(step.step, units(count), described):
-            assert result.unit in step.stored
-            results.append(result.unit)
+            assert result.item in step.stored
+            results.append(result.item)
         assert sorted(results) == [unit(i) for i in range(count)] == sorted(step.stored)
 
     def test_units_under_way_are_bounded(self, executor: Executor) -> None:
         drawn, yielded = [0], [0]
 
-        def counted(asked: Unit) -> MergeTask:
+        def counted(asked: WorkItem) -> MergeTask:
             drawn[0] += 1
             assert drawn[0] - yielded[0] <= self.window
             return described(asked)
@@ -202,7 +204,7 @@ class ExecutorContract:
         assert step.done["load"] <= 10 + 2 * self.attempts * self.window
 
     def test_an_error_in_the_tasks_themselves_is_raised(self, executor: Executor) -> None:
-        def broken(asked: Unit) -> MergeTask:
+        def broken(asked: WorkItem) -> MergeTask:
             if asked == unit(5):
                 raise ValueError("no cut for a tensor")
             return described(asked)
@@ -216,7 +218,7 @@ class ExecutorContract:
         step, results = CountingStep(seconds=0.001), []
         with pytest.raises(StoppedError, match="Run the same command again to resume"):
             for result in executor.map_unordered(step.step, units(), described):
-                results.append(result.unit)
+                results.append(result.item)
                 if len(results) == 5:
                     stop.set()
         assert sorted(results) == sorted(step.stored)
@@ -268,7 +270,7 @@ class ExecutorContract:
     ) -> None:
         fold, covered = CountingFold(seconds=0.001), []
 
-        def stopped(step: MergeStep, unit: Unit, into: Observation) -> None:
+        def stopped(step: MergeStep, unit: WorkItem, into: Observation) -> None:
             fold(step, unit, into)
             if len(fold.folded) == 20:
                 stop.set()
@@ -345,7 +347,7 @@ class LocalExecutorContract(ExecutorContract):
         results = []
         with pytest.raises(StoppedError):
             for result in executor.map_unordered(step.step, units(), described):
-                results.append(result.unit)
+                results.append(result.item)
                 stop.set()
         assert sorted(results) == sorted(step.stored)  # what is written is told
         assert len(results) <= 2 * self.threads
@@ -370,7 +372,7 @@ class ThreadFleetExecutor(FleetExecutor):
         self._with(step)
         return super().map_unordered(step, units, describe)
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
         self._with(step)
         return super().reduce(step, fold, units)
 
@@ -438,7 +440,7 @@ class TestLedger:
 
     def test_a_partial_of_units_nobody_asked_for_is_dropped_whole(self, ledger: Ledger) -> None:
         assert not ledger.accept(partial_of(4, 5))
-        assert not ledger.accept(Observation(units={Unit("model.safetensors", 0, 77)}))
+        assert not ledger.accept(Observation(units={WorkItem((Range("model.safetensors", 0, 77),))}))
         assert counts(ledger) == {}
         assert len(ledger.missing) == 5
 
@@ -458,7 +460,7 @@ class TestLedger:
             for part in order:
                 ledger.accept(partial_of(*part))
             for left in sorted(ledger.missing):  # asked for again
-                assert ledger.accept(partial_of(left.start >> 20))
+                assert ledger.accept(partial_of(left.ranges[0].start >> 20))
             assert counts(ledger) == {0: 1, 1: 2, 2: 3, 3: 4, 4: 5}
 
 
@@ -486,7 +488,7 @@ class UnreliableExecutor:
             yield result
             yield result
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
         self.rounds += 1
         late, self.late = self.late, []
         for i, found in enumerate(self.inner.reduce(step, fold, units)):

@@ -38,7 +38,7 @@ SETTINGS = {
     "ties_dist.engine.passes:COMMIT_SECONDS": 0.1,
     "ties_dist.engine.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
     "ties_dist.storage.snapshot:SNAPSHOT_SECONDS": 0.02,
-    "ties_dist.engine.scan:SAMPLE_SLICES": 64,
+    "ties_dist.planning.sample:SAMPLE_SLICES": 64,
     "ties_dist.executors.local:PARTIAL_SECONDS": 0.01,
 }
 POLL_SECONDS = 0.002
@@ -265,7 +265,7 @@ def phase(out: Path, reference: Reference) -> str:
     if not record.publishing and run.is_dir():
         if not record.merged:
             return "scan"
-        covered = sum(result.unit.nbytes for result in record.covering(record.merged))
+        covered = sum(result.item.nbytes for result in record.covering(record.merged))
         return "redo" if covered == reference.report["bytes_written"] else "merge"
     return "publish" if record.publishing else "start"
 

@@ -39,17 +39,17 @@ from tests.drills.jobs import late_majority, write_job
 from tests.drills.kill_drill import PHASES, Case, Reference, phase
 from tests.drills.ray_faults import MESSAGE_FAULTS, WORKER_FAULTS, hits
 from tests.loading import version_of
+from ties_dist.cache import KERNELS
 from ties_dist.engine.verify import verify
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.prepare import Resources
+from ties_dist.planning.options import Resources
 from ties_dist.progress import LogProgress
-from ties_dist.statistics.counts import KERNELS
 
 SETTINGS = {
     "ties_dist.engine.passes:COMMIT_SECONDS": 0.1,
     "ties_dist.engine.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
     "ties_dist.storage.snapshot:SNAPSHOT_SECONDS": 0.1,
-    "ties_dist.engine.scan:SAMPLE_SLICES": 64,
+    "ties_dist.planning.sample:SAMPLE_SLICES": 64,
     "ties_dist.output.lock:LEASE_SECONDS": 3.0,
     "ties_dist.output.lock:HEARTBEAT_SECONDS": 0.5,
     "ties_dist.executors.fleet:ORDER_SECONDS": {"merge": 0.0, "fold": 0.0, "call": 0.0},  # an order is one unit

@@ -30,7 +30,7 @@ SMALL_STEPS = {
     "ties_dist.engine.passes:COMMIT_SECONDS": -1.0,
     "ties_dist.engine.passes:SIGNS_FROM": 1e9,  # the majority is to be guessed wrong
     "ties_dist.storage.snapshot:SNAPSHOT_SECONDS": -1.0,
-    "ties_dist.engine.scan:SAMPLE_SLICES": 32,
+    "ties_dist.planning.sample:SAMPLE_SLICES": 32,
     "ties_dist.output.lock:LEASE_SECONDS": 1.0,
 }
 """Whatever is done is journalled at once, and a lease counts as standing still after a second."""
@@ -165,7 +165,7 @@ def test_killed_before_anything_was_merged(call: str, number: int, merges: Merge
 def test_killed_while_merging_or_redoing(call: str, number: int, merges: Merges) -> None:
     merges.killed(call, number)
     assert standing(merges.out, merges.job.versions) is None
-    journalled = {result.unit for result in read_journals(merges.run).merged}
+    journalled = {result.item for result in read_journals(merges.run).merged}
     report = merges.finished()
     # A unit that was being redone has other bytes than its line says: it is the only kind that is not taken over.
     assert len(journalled) - 2 <= report["resumed_units"] <= len(journalled)
@@ -227,10 +227,10 @@ def test_what_a_kill_left_is_read_again_and_not_believed(merges: Merges) -> None
     merges.killed(WRITE, 5)
     journal = next(merges.run.glob("journal-*.jsonl"))
     lines = journal.read_bytes().splitlines(keepends=True)
-    merged = [result.unit for result in read_journals(merges.run).merged]
+    merged = [result.item for result in read_journals(merges.run).merged]
     journal.write_bytes(b"".join(lines) + lines[-1][: len(lines[-1]) // 2])  # the tail of a line that was being written
-    damaged = merged[1]
-    with open(merges.run / "parts" / f"{damaged.shard}.partial", "r+b") as part:
+    damaged = merged[1].ranges[0]
+    with open(merges.run / "parts" / f"{damaged.file}.partial", "r+b") as part:
         part.seek((damaged.start + damaged.stop) // 2)
         part.write(b"not what was merged")
     assert merges.finished()["resumed_units"] == len(merged) - 1
@@ -255,7 +255,7 @@ def test_a_signal_ends_a_merge_that_can_be_resumed(
     assert "Traceback" not in said and "{" not in said  # nothing on standard output
     assert standing(merges.out, merges.job.versions) is None
     assert list(merges.out.glob(".ties_dist/l*k")) == []  # the lock is released
-    journalled = {result.unit for result in read_journals(merges.run).merged}
+    journalled = {result.item for result in read_journals(merges.run).merged}
     assert merges.finished()["resumed_units"] == len(journalled)
 
 

@@ -12,11 +12,12 @@ import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.drills.jobs import late_majority, write_job
 from ties_dist.engine import passes
-from ties_dist.engine.scan import Scan, sample_slices
+from ties_dist.engine.scan import Scan
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.plan import Unit
 from ties_dist.planning.prepare import prepare
+from ties_dist.planning.sample import sample_slices
 from ties_dist.thresholds import ModelCut, Prediction, Threshold, Window, to_bits
+from ties_dist.values.items import WorkItem
 from ties_dist.worker.counting import Observation
 from ties_dist.worker.merging import Worker
 
@@ -77,7 +78,7 @@ def test_a_planted_wrong_prediction_is_found_and_repaired(
 def test_the_majority_sign_is_guessed_before_the_first_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The units merged first have the minority's sign; a sample of the whole model is not fooled by them."""
     recipe = write_job(tmp_path, late_majority(9 * 64 * 4608))
-    monkeypatch.setattr("ties_dist.engine.scan.SAMPLE_SLICES", 64)
+    monkeypatch.setattr("ties_dist.planning.sample.SAMPLE_SLICES", 64)
     monkeypatch.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
     blind = merged(recipe, tmp_path / "blind", "speculate")
     monkeypatch.setattr("ties_dist.engine.passes.SIGNS_FROM", 1)
@@ -99,7 +100,7 @@ def test_only_experts_whose_rank_the_sample_cannot_tell_are_scanned(
         asked.append(p)
         return len(asked) % 3 != 2 and likely(self, p, rank)
 
-    def noted(self: Worker, unit: Unit, windows: Mapping[int, Window], into: Observation) -> None:
+    def noted(self: Worker, unit: WorkItem, windows: Mapping[int, Window], into: Observation) -> None:
         observed.append(sorted(windows))
         observe(self, unit, windows, into)
 

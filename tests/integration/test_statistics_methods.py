@@ -21,7 +21,7 @@ from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import identify
 from ties_dist.statistics.collected import ExpertStatistics, Kind, Origin
 from ties_dist.storage.readers import open_reader
-from ties_dist.worker.matrices import SolveMatrix
+from ties_dist.worker.operations import SolveMatrix
 
 SHAPES = {
     "embed.weight": (50, 24),

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
 from ties_dist.checkpoints.catalogue import open_checkpoint
-from ties_dist.checkpoints.header import DTYPE_BITS
+from ties_dist.dtypes import DTYPE_BITS
 from ties_dist.errors import CheckpointError
 
 STRICTER = re.compile(

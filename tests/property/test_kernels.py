@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ties_dist.compiler.fuse import OVERFLOWS_FROM, TORCH_DTYPES
+from ties_dist.compiler.fuse import OVERFLOWS_FROM
 from ties_dist.compiler.kernel import KernelKind, MergeKernel
-from ties_dist.compiler.loop import DType
 from ties_dist.compiler.native import KernelStore, processor
 from ties_dist.compiler.slices import Slice
+from ties_dist.dtypes import DType, torch_dtype
 from ties_dist.methods import Cut, Linear, Method, TaskArithmetic, Ties
 from ties_dist.methods.base import State
 
@@ -31,7 +31,7 @@ def values(n: int, dtype: DType, seed: int) -> torch.Tensor:
     numbers[3::11] = 0.0
     numbers[5::13] = -0.0
     numbers[6::17] = 1e-40
-    return numbers.to(TORCH_DTYPES[dtype])
+    return numbers.to(torch_dtype(dtype))
 
 
 def content(tensor: torch.Tensor, shift: int = 0) -> memoryview:
@@ -55,7 +55,7 @@ def run(
 ) -> tuple[list[int], bytes]:  # fmt: skip
     experts = len(operands) - (method.operand == "delta")
     kernel = MergeKernel(method, experts, kind, store or KernelStore(None))
-    size = operands[0].numel() * TORCH_DTYPES[out].itemsize
+    size = operands[0].numel() * torch_dtype(out).itemsize
     room = content(torch.full((size,), 7, dtype=torch.uint8), shift)
     (counts,) = kernel([slice_of([content(o, shift) for o in operands], types, state, position, room, out)])
     assert kernel.kind == ("eager" if kind == "eager" else "compiled")
@@ -128,7 +128,7 @@ def test_every_float_is_rounded_as_torch_rounds_it(bits: list[int], out: DType) 
     numbers = numbers[np.isfinite(numbers)]
     state = Linear(normalize=False).state({}, [{"weight": 1.0}], [], 1)
     _, ours = run("compiled", Linear(normalize=False), [torch.from_numpy(numbers)], ["float32"], state, out)
-    expected = (torch.from_numpy(numbers) + 0.0).to(TORCH_DTYPES[out])
+    expected = (torch.from_numpy(numbers) + 0.0).to(torch_dtype(out))
     assert ours == expected.view(torch.uint8).numpy().tobytes()
 
 
@@ -142,8 +142,8 @@ def test_nan_inf_and_overflow_are_counted(kind: KernelKind, dtype: DType) -> Non
     if dtype != "float32":
         below = torch.nextafter(torch.tensor(limit), torch.tensor(0.0))
         expert[4], expert[5] = limit, below
-        assert torch.isinf(expert[4].to(TORCH_DTYPES[dtype]))
-        assert torch.isfinite(below.to(TORCH_DTYPES[dtype]))
+        assert torch.isinf(expert[4].to(torch_dtype(dtype)))
+        assert torch.isfinite(below.to(torch_dtype(dtype)))
     method = TaskArithmetic()
     state = method.state({"lambda": 1.0}, [{"weight": 1.0}], [], 1)
     counts, _ = run(kind, method, [base, expert], ["float32", "float32"], state, dtype)

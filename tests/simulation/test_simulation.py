@@ -41,7 +41,7 @@ def test_a_lost_write_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) 
     from ties_dist.storage.local import LocalWriter
 
     monkeypatch.setattr(LocalWriter, "sync", lambda writer, names: None)
-    monkeypatch.setattr("ties_dist.worker.merging.StillThere.__call__", lambda check, step, result: True)
+    monkeypatch.setattr("ties_dist.worker.operations.StillThere.__call__", lambda check, step, result: True)
     with pytest.raises(AssertionError, match=r"seed \d+: .*(other bytes|did not finish)"):
         for seed in range(SCHEDULES):
             Schedule(world, seed).run()

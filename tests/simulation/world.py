@@ -31,7 +31,8 @@ from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Or
 from ties_dist.inputs.opening import opener
 from ties_dist.output.lock import Holder, RunLock
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.prepare import Job, Resources, prepare
+from ties_dist.planning.options import Resources
+from ties_dist.planning.prepare import Job, prepare
 from ties_dist.storage.local import LocalWriter
 from ties_dist.worker.counting import Observation
 from ties_dist.worker.merging import MergeStep, Worker
@@ -173,7 +174,7 @@ def sequentially(order: Order, step: MergeStep) -> Answer:
                 values.append(order.operation(step, item))
             done += 1
         if order.kind == "merge":
-            step.writer.sync(sorted({result.unit.shard for result in values}))
+            step.writer.sync(sorted({result.item.ranges[0].file for result in values}))
     except (TiesDistError, OSError) as raised:
         values, total, done, error = [], Observation(), 0, raised
     return Answer(done=tuple(range(done)), values=total if order.kind == "fold" else values, error=error)
@@ -220,7 +221,9 @@ class World:
             _ = job.stamps
             report = engine.run(job, world.undisturbed(name), executor=LocalExecutor(1), progress=Quiet())
             world.jobs[name] = job, report.output_digest
-            world.workers[name] = Worker(job.plan, opener(job.plan, job.resources.backend))
+            world.workers[name] = Worker(
+                job.plan, opener(job.plan.models, job.resources.backend, reread_bytes=job.plan.reread_bytes)
+            )
         return world
 
     def undisturbed(self, name: str) -> Path:
@@ -293,7 +296,7 @@ class Schedule:
         patched.setattr("ties_dist.output.lock.time", clock)
         patched.setattr("ties_dist.engine.passes.COMMIT_SECONDS", self.draw.choice([-1.0, 1e9]))
         patched.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
-        patched.setattr("ties_dist.engine.scan.SAMPLE_SLICES", 8)
+        patched.setattr("ties_dist.planning.sample.SAMPLE_SLICES", 8)
         patched.setattr("ties_dist.storage.snapshot.SNAPSHOT_SECONDS", self.draw.choice([-1.0, 1e9, 1e9]))
         patched.setattr("ties_dist.executors.fleet.FIRST_BYTES", self.draw.choice([0, 1 << 20]))
         patched.setattr("ties_dist.engine.passes.Passes.warm_up", lambda passes: None)

@@ -1,79 +1,140 @@
-"""The rules that keep the tree readable: an import only points down (design.md, layers)."""
+"""The rules that keep the tree readable: an import only points down (docs/architecture.md)."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "ties_dist"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ties_dist"
+
+ROWS = (
+    "errors messages dtypes",
+    "kernels thresholds cache",
+    "storage methods progress",
+    "values",
+    "compiler recipe",
+    "checkpoints",
+    "adapters statistics",
+    "inputs",
+    "planning",
+    "output",
+    "worker collecting",
+    "executors",
+    "engine",
+    "api in_memory sweeping analysis",
+    "cli",
+    "__main__ __init__",
+)
+"""From the ground up: a folder or file imports from rows below its own, or from its own folder; never sideways."""
+
+MAY_IMPORT = {
+    "ray": {"executors/ray.py"},
+    "torch": {"dtypes.py", "methods", "compiler", "collecting", "in_memory.py"},
+}
+"""Who may name what costs seconds to import, or a place to run."""
+
+DEEPEST = 19
+LONGEST_MODULE = 460
 
 
-def imports(path: Path) -> set[str]:
+def modules() -> dict[str, Path]:
+    """By dotted name, `ties_dist.a.b`; a package is `ties_dist.a.__init__`."""
+    return {str(p.relative_to(ROOT)).removesuffix(".py").replace("/", "."): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Every module that a file imports, wherever in it: in functions and under TYPE_CHECKING, too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
+            known = {f"{node.module}.{alias.name}" for alias in node.names} & modules().keys()
+            found |= known or {node.module}
+    return frozenset(found)
 
 
-def test_only_the_ray_executor_imports_ray() -> None:
-    guilty = [p for p in PACKAGE.rglob("*.py") if any(m.split(".")[0] == "ray" for m in imports(p))]
-    assert [p.name for p in guilty if p.name != "ray.py"] == []
+def own_imports(path: Path) -> Iterator[str]:
+    """Modules of the package alone, `__init__` files aside."""
+    for module in imports(path):
+        if module in modules():
+            yield module
 
 
-def test_methods_know_nothing_of_files_or_recipes() -> None:
-    for path in (PACKAGE / "methods").glob("*.py"):
-        for module in imports(path):
-            assert not module.startswith(
-                ("ties_dist.storage", "ties_dist.checkpoints.catalogue", "ties_dist.recipe.recipe")
-            ), path
+def place(module: str) -> str:
+    """The folder, or the file beside them, that a row names."""
+    return module.split(".")[1]
 
 
-def test_layout_and_plan_open_no_file() -> None:
-    for name in ("layout.py", "planning.py"):
-        tree = ast.parse((PACKAGE / name).read_text())
-        called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-        assert "open" not in called
-        assert not imports(PACKAGE / name) & {"os", "pathlib", "shutil", "mmap"}
+def test_every_folder_has_a_row() -> None:
+    listed = {name for row in ROWS for name in row.split()}
+    assert {place(module) for module in modules()} == listed
 
 
-LAYERS = [
-    {"errors", "parameter", "document", "settings", "models", "options", "dialect", "recipe"},
-    {"header", "checkpoint", "adapted", "adapters", "expert_statistics", "congruence", "methods", "storage"}
-    | {"threshold", "kernels"},
-    {"layout", "planning", "counting", "matrices", "work", "tally"},
-    {
-        "progress",
-        "adapter_merging",
-        "inputs",
-        "prepare",
-        "executors",
-        "journal",
-        "lock",
-        "statistics",
-        "report",
-        "summary",
-        "publish",
+def test_an_import_points_down_or_stays_in_its_folder() -> None:
+    level = {name: i for i, row in enumerate(ROWS) for name in row.split()}
+    guilty = [
+        f"{module} -> {found}"
+        for module, path in modules().items()
+        for found in imports(path)
+        if found.startswith("ties_dist.") and place(found) in level and place(module) != "__init__"
+        if place(found) != place(module) and level[place(found)] >= level[place(module)]
+    ]
+    assert guilty == []
+
+
+def depth_of(module: str, seen: tuple[str, ...] = ()) -> int:
+    assert module not in seen, f"a circle: {' -> '.join(seen[seen.index(module) :])} -> {module}"
+    below = (depth(found, (*seen, module)) for found in own_imports(modules()[module]))
+    return 1 + max(below, default=0)
+
+
+_DEPTHS: dict[str, int] = {}
+
+
+def depth(module: str, seen: tuple[str, ...] = ()) -> int:
+    """How many files stand on each other below a module, itself included."""
+    if module not in _DEPTHS:
+        _DEPTHS[module] = depth_of(module, seen)
+    return _DEPTHS[module]
+
+
+def test_there_is_no_circle_and_the_house_has_few_floors() -> None:
+    deepest = max((m for m in modules() if not m.endswith("__init__")), key=depth)
+    assert depth(deepest) <= DEEPEST, deepest
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_only_some_import_what_is_heavy(library: str) -> None:
+    importing = {
+        str(p.relative_to(PACKAGE)) for p in modules().values() if library in {m.split(".")[0] for m in imports(p)}
     }
-    | {"resume", "site", "preflight", "analysis", "snapshot"},
-    {"scan", "passes", "engine", "verify", "summing"},
-    {"api", "state_dicts", "sweeping", "tables", "submitting", "status", "switches", "talk", "cli", "__main__"}
-    | {"__init__", "subjects", "collecting", "analyzing", "analysis_page", "charts"},
-]
+    guilty = {p for p in importing if p not in MAY_IMPORT[library] and p.split("/")[0] not in MAY_IMPORT[library]}
+    assert guilty == set()
 
 
-def test_an_import_never_points_up() -> None:
-    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for module in imports(path):
-            parts = module.split(".")
-            if parts[0] == "ties_dist" and len(parts) > 1 and own != "__init__":
-                assert level[parts[1]] <= level[own], f"{own} imports {parts[1]}"
+def test_planning_opens_no_file() -> None:
+    for name in ("layout.py", "plan.py", "memory.py", "sample.py"):
+        path = PACKAGE / "planning" / name
+        called = {
+            n.func.id
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
+        assert "open" not in called, path
+        assert not imports(path) & {"os", "pathlib", "shutil", "mmap"}, path
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    for path in PACKAGE.rglob("*.py"):
+    for path in modules().values():
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_no_module_is_long() -> None:
+    assert {str(p): n for p in modules().values() if (n := len(p.read_text().splitlines())) > LONGEST_MODULE} == {}

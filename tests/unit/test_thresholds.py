@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ties_dist.compiler.loop import DType
 from ties_dist.compiler.slices import loadable as as_counted
+from ties_dist.dtypes import DType
 from ties_dist.kernels.histogram import count_equal, count_magnitudes, find_equal
 from ties_dist.thresholds import (
     NO_WINDOW,

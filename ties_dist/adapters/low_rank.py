@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ties_dist.checkpoints.header import TensorEntry
-from ties_dist.compiler.slices import TYPES, widened
+from ties_dist.compiler.slices import widened
+from ties_dist.dtypes import TYPES
 from ties_dist.errors import CheckpointError
 from ties_dist.storage.base import Reader, Span
 from ties_dist.storage.memory import MemorySpan

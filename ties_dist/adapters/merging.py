@@ -17,10 +17,11 @@ from dataclasses import replace
 from ties_dist.adapters.low_rank import CONSTANT, SCALED, AdaptedReader, Multiple
 from ties_dist.adapters.peft import LORA_A, LORA_B, PREFIX, Adapter, owner, part_of, scaling
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.checkpoints.header import TensorEntry, show
-from ties_dist.compiler.slices import TYPES
-from ties_dist.errors import CheckpointError, listing
-from ties_dist.planning.plan import TensorNumbers
+from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.dtypes import TYPES
+from ties_dist.errors import CheckpointError
+from ties_dist.messages import listing, show
+from ties_dist.values.numbers import TensorNumbers
 
 ROOTED = ("weight", "lambda")
 """Parameters that multiply a delta."""

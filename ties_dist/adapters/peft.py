@@ -18,9 +18,10 @@ from typing import Any, Literal, cast
 
 from ties_dist.adapters.low_rank import BESIDE, VIRTUAL, AdaptedReader, Change, LowRank, Scaled
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
-from ties_dist.checkpoints.header import TensorEntry, show
-from ties_dist.compiler.slices import TYPES
-from ties_dist.errors import CheckpointError, listing
+from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.dtypes import TYPES
+from ties_dist.errors import CheckpointError
+from ties_dist.messages import listing, show
 from ties_dist.recipe.references import ADAPTER_CONFIG as CONFIG
 from ties_dist.recipe.references import ADAPTER_WEIGHTS as WEIGHTS
 from ties_dist.recipe.values import FLOAT32_MAX

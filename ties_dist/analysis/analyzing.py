@@ -24,23 +24,28 @@ from ties_dist.analysis.figures import VERSION, Analysis, Run, advise
 from ties_dist.analysis.loops import MOST_EXPERTS
 from ties_dist.analysis.summing import Question, summarise
 from ties_dist.analysis.tally import Analyse, Signs, Tally, TallyStep
-from ties_dist.engine.scan import nonfinite_error, sample_slices
+from ties_dist.cache import cache_folder
+from ties_dist.dtypes import ITEM_BYTES
+from ties_dist.engine.scan import nonfinite_error
 from ties_dist.errors import OutputError, RecipeError, StoppedError
 from ties_dist.executors.base import check_stop
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import opener
 from ties_dist.methods.base import TrimRule
 from ties_dist.output.report import peak_rss_bytes
-from ties_dist.planning.layout import ITEM_BYTES
-from ties_dist.planning.plan import MergePlan, Unit, digest
-from ties_dist.planning.prepare import Job, Resources, prepare
+from ties_dist.planning.options import Resources
+from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.prepare import Job, prepare
+from ties_dist.planning.sample import sample_slices
 from ties_dist.progress import LogProgress, Progress, phase
-from ties_dist.statistics.counts import StatisticsStore, cache_folder
+from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
+from ties_dist.storage.digests import digest
 from ties_dist.storage.local import write_durably
 from ties_dist.storage.memory import MemoryWriter
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import predict, to_bits
+from ties_dist.values.items import WorkItem, as_item
 from ties_dist.worker.merging import Worker
 
 logger = logging.getLogger(__name__)
@@ -153,11 +158,11 @@ def _measure(
 ) -> Analysis:
     """One read of base and experts, in any order of units."""
     plan = job.plan
-    worker = Worker(plan, opener(plan, job.resources.backend))
+    worker = Worker(plan, opener(plan.models, job.resources.backend, reread_bytes=plan.reread_bytes))
     question, source = ask(plan, density, store, worker)
     done, tally = _resume(question, snapshot)
     resumed, models = sum(unit.nbytes for unit in done), len(plan.experts) + 1
-    units = list(plan.units(done))
+    units = list(plan.items(done))
     step = TallyStep(worker, MemoryWriter(), turns=threading.Semaphore(plan.threads))
     with phase(progress, "analyze", plan.layout.total_bytes * models):
         progress.advance(resumed * models)
@@ -189,16 +194,17 @@ def _measure(
     return replace(found, warnings=tuple(advise(found, trims=plan.method.trim == RULE)), notes=job.notes, run=run)
 
 
-def _as_kept(question: Question, done: Sequence[Unit], tally: Tally) -> tuple[Any, dict[str, np.ndarray]]:
+def _as_kept(question: Question, done: Sequence[WorkItem], tally: Tally) -> tuple[Any, dict[str, np.ndarray]]:
     facts, arrays = tally.as_kept()
-    return {"thresholds": question.bits, "units": done, **facts}, arrays
+    return {"thresholds": question.bits, "items": done, **facts}, arrays
 
 
-def _resume(question: Question, snapshot: Snapshot) -> tuple[list[Unit], Tally]:
+def _resume(question: Question, snapshot: Snapshot) -> tuple[list[WorkItem], Tally]:
     """What an interrupted run has counted at the same thresholds, and the units it is of."""
-    if (kept := snapshot.load()) is not None and kept[0]["thresholds"] == [list(row) for row in question.bits]:
+    same = [list(row) for row in question.bits]
+    if (kept := snapshot.load()) is not None and kept[0]["thresholds"] == same and "items" in kept[0]:
         logger.info("going on where an interrupted analysis was")
-        return [Unit(*unit) for unit in kept[0]["units"]], Tally.from_kept(*kept)
+        return [as_item(each) for each in kept[0]["items"]], Tally.from_kept(*kept)
     return [], Tally(Signs.empty(len(question.plan.experts)))
 
 
@@ -214,7 +220,7 @@ def ask(plan: MergePlan, density: float, store: StatisticsStore, worker: Worker)
     ranks = [RULE.rank(plan.elements, d) for d in densities]
     found: dict[tuple[int, int], int] = {}
     for i in range(len(plan.experts)):
-        known = store.load(store.key(plan, i), plan.elements)
+        known = store.load(store.key(plan.base, plan.experts[i], plan.sizes), plan.elements)
         for j, rank in enumerate(ranks):
             threshold = known.threshold(rank) if known and rank else None
             if rank is None or threshold is not None:

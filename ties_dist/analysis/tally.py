@@ -24,13 +24,12 @@ from ties_dist.analysis.loops import (
     multiply,
     widen,
 )
-from ties_dist.compiler.loop import ITEM_BYTES as KERNEL_ITEM_BYTES
-from ties_dist.compiler.loop import DType
 from ties_dist.compiler.slices import loadable
-from ties_dist.planning.layout import ITEM_BYTES, Segment
-from ties_dist.planning.plan import Unit
+from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, DType
+from ties_dist.planning.layout import Segment
 from ties_dist.storage.base import BLOCK_BYTES, Span
 from ties_dist.thresholds import COARSE_SHIFT, NONFINITE_BUCKET
+from ties_dist.values.items import WorkItem
 from ties_dist.worker.merging import MergeStep
 
 BLOCK = 1 << 14
@@ -201,7 +200,7 @@ class Analyse:
     thresholds: tuple[tuple[int, ...], ...]
     chosen: int
 
-    def __call__(self, step: MergeStep, unit: Unit) -> Tally:
+    def __call__(self, step: MergeStep, unit: WorkItem) -> Tally:
         tallying, counter = Tallying(self), step.worker
         models = (counter.base, *counter.experts)
         segments = [s for s in counter.segments(unit) if s.tensor.counted]
@@ -242,7 +241,7 @@ class Tallying:
         for start, stop in pieces(segment):
             low, high = start - segment.start, stop - segment.start
             models = [
-                loadable(view[low * KERNEL_ITEM_BYTES[kind] : high * KERNEL_ITEM_BYTES[kind]], kind)
+                loadable(view[low * LOOP_BYTES[kind] : high * LOOP_BYTES[kind]], kind)
                 for view, kind in zip(views, types, strict=True)
             ]
             gram = added(gram, self._piece(models, conflicts))

@@ -15,8 +15,9 @@ from typing import Final
 
 from xxhash import xxh3_128_hexdigest
 
-from ties_dist.checkpoints.header import AGAIN, LENGTH_BYTES, TensorEntry, brief, collector, parse_header, show
-from ties_dist.errors import CheckpointError, listing
+from ties_dist.checkpoints.header import AGAIN, LENGTH_BYTES, TensorEntry, collector, parse_header
+from ties_dist.errors import CheckpointError
+from ties_dist.messages import brief, listing, show
 from ties_dist.storage.base import Reader
 
 MAX_HEADER_BYTES: Final = 100_000_000

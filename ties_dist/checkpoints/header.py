@@ -10,19 +10,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-DTYPE_BITS: Final[Mapping[str, int]] = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-"""Bits per element of every dtype safetensors 0.8 knows."""
+from ties_dist.dtypes import DTYPE_BITS
+from ties_dist.messages import brief, show
 
 LENGTH_BYTES: Final = 8
 AGAIN: Final = "; copy or download it again"
@@ -153,16 +146,3 @@ def collector(repeated: list[str]) -> Callable[[list[tuple[str, object]]], dict[
         return unique
 
     return collect
-
-
-def show(name: str) -> str:
-    """A tensor's name as messages print it: quoted where it could disturb a terminal or vanish."""
-    return name if name.isprintable() and name.strip() else repr(name)
-
-
-def brief(value: object, limit: int = 80) -> str:
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        text = "something deeply nested"
-    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -265,7 +265,7 @@ def verify_command(
     """Read OUT again and compare it with its manifest; merge a random sample again and compare."""
     log(verbose, quiet)
     from ties_dist.engine.verify import summary, verify
-    from ties_dist.planning.prepare import Resources
+    from ties_dist.planning.options import Resources
 
     resources = Resources(memory_budget=memory_budget)
     report = verify(

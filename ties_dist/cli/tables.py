@@ -17,9 +17,9 @@ from rich.table import Table
 
 from ties_dist.analysis.figures import Analysis, Group, MeanMagnitudes
 from ties_dist.checkpoints.catalogue import Checkpoint
+from ties_dist.messages import readable
 from ties_dist.methods.known import METHODS
 from ties_dist.output.report import MergeReport, tie_warning
-from ties_dist.planning.plan import readable
 
 if TYPE_CHECKING:
     from ties_dist.api import PlanReport

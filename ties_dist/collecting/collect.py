@@ -20,11 +20,11 @@ import xxhash
 
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
 from ties_dist.collecting.subjects import Example, Subject, load_subject
-from ties_dist.errors import NumericError, OutputError, PlanError, RecipeError, StoppedError, listing
-from ties_dist.inputs.congruence import MERGEABLE
+from ties_dist.dtypes import MERGEABLE
+from ties_dist.errors import NumericError, OutputError, PlanError, RecipeError, StoppedError
 from ties_dist.inputs.opening import identify
+from ties_dist.messages import listing, readable
 from ties_dist.output.lock import RunLock
-from ties_dist.planning.plan import readable
 from ties_dist.progress import LogProgress, Progress, phase
 from ties_dist.statistics.collected import ExpertStatistics, Kind, Origin
 from ties_dist.storage.readers import open_reader

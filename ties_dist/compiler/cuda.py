@@ -20,8 +20,9 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 
-from ties_dist.compiler.loop import ITEM_BYTES, Loop, Target, emit
+from ties_dist.compiler.loop import Loop, Target, emit
 from ties_dist.compiler.slices import Slice, flat
+from ties_dist.dtypes import LOOP_BYTES
 from ties_dist.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -271,7 +272,7 @@ def _place(
     operands = [(take(len(content)), content) for s in slices for content in s.operands]
     outs = end
     placed = [
-        Placed(s, *head, count, take(s.elements * ITEM_BYTES[s.out_type]))
+        Placed(s, *head, count, take(s.elements * LOOP_BYTES[s.out_type]))
         for s, head, count in zip(slices, heads, counters, strict=True)
     ]
     return placed, operands, outs, end

@@ -12,15 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ties_dist.compiler.loop import DType
 from ties_dist.compiler.slices import Slice
+from ties_dist.dtypes import DType, torch_dtype
 from ties_dist.methods.base import Method, count
 
-TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 BLOCK = 1 << 15
 """Elements: temporaries stay in the second-level cache, and torch does not split an operation over threads, whose
 barriers cost 20 times the work on a busy machine."""
@@ -55,7 +50,7 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
         split = first + experts
         merged, counts = method.merge(base, values[first:split], values[split:], state, position)
         counters = torch.stack([*bad, count_beyond(merged, OVERFLOWS_FROM[out]), *counts])
-        return merged.to(TORCH_DTYPES[out]), counters  # the one cast: round-to-nearest-even
+        return merged.to(torch_dtype(out)), counters  # the one cast: round-to-nearest-even
 
     return merge_slice
 
@@ -82,5 +77,5 @@ def run_eagerly(function: Fused, each: Slice) -> np.ndarray:
 
 def view(content: memoryview, dtype: DType) -> Tensor:
     """(n,) tensor over the bytes of a slice, without a copy."""
-    kind = TORCH_DTYPES[dtype]
+    kind = torch_dtype(dtype)
     return torch.frombuffer(content, dtype=kind) if len(content) else torch.empty(0, dtype=kind)

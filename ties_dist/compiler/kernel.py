@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import xxhash
 
-from ties_dist.compiler.loop import ITEM_BYTES, DType, Loop
+from ties_dist.compiler.loop import Loop
 from ties_dist.compiler.native import KernelStore, NativeKernel, compile_loop, load, runs_here
 from ties_dist.compiler.slices import Slice, flat
+from ties_dist.dtypes import LOOP_BYTES, DType
 from ties_dist.errors import PlanError
 from ties_dist.methods.base import Method, State
 
@@ -79,7 +80,7 @@ class MergeKernel:
             from ties_dist.compiler.fuse import run_eagerly
 
             return run_eagerly(self._function(each.out_type), each)
-        items = [ITEM_BYTES[t] for t in (*each.types, each.out_type)]
+        items = [LOOP_BYTES[t] for t in (*each.types, each.out_type)]
         return native(each.operands, flat(each.state), each.position, each.out, items)
 
     def prepare(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:

@@ -13,15 +13,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-DType = Literal["float32", "bfloat16", "float16", "bool", "int32", "int64"]
-LLVM_TYPES: dict[DType, str] = {
-    "float32": "float", "bfloat16": "i16", "float16": "half", "bool": "i1", "int32": "i32", "int64": "i64",
-}  # fmt: skip
-ITEM_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "bool": 1}
+from ties_dist.dtypes import LLVM_TYPES, LOOP_BYTES, DType
+
 COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 INTEGER_COMPARISONS = {"gt": "sgt", "ge": "sge", "lt": "slt", "le": "sle", "eq": "eq", "ne": "ne"}
 FLOAT_BINARY = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
@@ -145,7 +141,7 @@ class _Body:
     def _load(self, place: int, dtype: DType) -> str:
         address = self.emit(f"getelementptr {LLVM_TYPES[dtype]}, ptr {self.pointers[place]}, i64 {self.index}")
         # Tensors may start at any byte of a file; what is copied to a GPU is laid out by us.
-        align = ITEM_BYTES[dtype] if self.aligned else 1
+        align = LOOP_BYTES[dtype] if self.aligned else 1
         return self.emit(f"load {self.type(dtype)}, ptr {address}, align {align}")
 
     def _cast(self, name: str, source: DType, target: DType, each: bool) -> str:
@@ -259,7 +255,7 @@ def _step(
     value = body.value(loop.result, True)
     dtype = loop.result.dtype
     address = body.emit(f"getelementptr {LLVM_TYPES[dtype]}, ptr %out, i64 {index}")
-    body.lines.append(f"store {body.type(dtype)} {value}, ptr {address}, align {ITEM_BYTES[dtype]}")
+    body.lines.append(f"store {body.type(dtype)} {value}, ptr {address}, align {LOOP_BYTES[dtype]}")
     added = []
     for mask, before in zip(masks, sums, strict=True):
         flags = body.emit(f"zext {body.type('bool')} {body.value(mask, True)} to {body.type('int32')}")

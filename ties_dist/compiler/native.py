@@ -24,7 +24,8 @@ import llvmlite.binding as llvm
 import numpy as np
 import xxhash
 
-from ties_dist.compiler.loop import DType, Loop, Target, emit
+from ties_dist.compiler.loop import Loop, Target, emit
+from ties_dist.dtypes import DType
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ties_dist.compiler.loop import ITEM_BYTES, DType
+from ties_dist.dtypes import LOOP_BYTES, STORED, DType
 from ties_dist.methods.base import State
-
-TYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Of mergeable tensors, as a safetensors header has them."""
-STORED: dict[DType, np.dtype] = {
-    "float32": np.dtype("<f4"),
-    "bfloat16": np.dtype("<u2"),
-    "float16": np.dtype("<f2"),
-}
 
 
 def stored(content: memoryview, dtype: DType) -> np.ndarray:
@@ -70,7 +62,7 @@ class Slice:
 
     @property
     def elements(self) -> int:
-        return len(self.out) // ITEM_BYTES[self.out_type]
+        return len(self.out) // LOOP_BYTES[self.out_type]
 
 
 def flat(state: State) -> np.ndarray:

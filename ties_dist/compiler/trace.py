@@ -13,19 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ties_dist.compiler.fuse import TORCH_DTYPES, Fused
-from ties_dist.compiler.loop import COMPARISONS, DType, Loop, Node
+from ties_dist.compiler.fuse import Fused
+from ties_dist.compiler.loop import COMPARISONS, Loop, Node
+from ties_dist.dtypes import LOOP_BYTES, DType, torch_dtype
 
 SIZE = 7
 """Elements of the slice that is traced; no method may ask for it."""
-NAMES: dict[torch.dtype, DType] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.bool: "bool",
-    torch.int32: "int32",
-    torch.int64: "int64",
-}
+NAMES: dict[torch.dtype, DType] = {torch_dtype(name): name for name in LOOP_BYTES}
 BINARY = {
     "add": "add", "sub": "sub", "mul": "mul", "div": "div",
     "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor", "logical_and": "and", "logical_or": "or",
@@ -123,7 +117,7 @@ def trace(function: Fused, types: Sequence[DType], state: Mapping[str, tuple[int
     order. Raises UntraceableError.
     """
     watch = _Watch()
-    slices = [torch.zeros(SIZE, dtype=TORCH_DTYPES[name]) for name in types]
+    slices = [torch.zeros(SIZE, dtype=torch_dtype(name)) for name in types]
     for k, each in enumerate(slices):
         watch.name(each, Node("input", (k,), types[k], True))
     numbers, offset = {}, 0

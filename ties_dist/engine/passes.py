@@ -10,17 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ties_dist.engine.scan import NOTHING_PUBLISHED, Scan, sample_slices
+from ties_dist.engine.scan import NOTHING_PUBLISHED, Scan
 from ties_dist.engine.totals import Totals
-from ties_dist.errors import NumericError, ProofError, listing
+from ties_dist.errors import NumericError, ProofError
 from ties_dist.executors.base import Executor
-from ties_dist.planning.plan import MergePlan, Unit
+from ties_dist.messages import listing
+from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.sample import sample_slices
 from ties_dist.progress import Progress, phase
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import Cuts, ModelCut, Threshold
-from ties_dist.worker.matrices import SolveMatrix
-from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask, Worker
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem
+from ties_dist.worker.merging import MergeStep, Worker
+from ties_dist.worker.operations import SolveMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class Passes:
     speculate: bool | None = None
     """Take predicted thresholds: always, never, or (None) where that is likely to be right."""
     mispredicted: bool = False
-    results: dict[Unit, MergeResult] = field(default_factory=dict)
+    results: dict[WorkItem, MergeResult] = field(default_factory=dict)
     model_cuts: tuple[ModelCut, ...] = ()
     cuts: dict[str, Cuts] = field(default_factory=dict)
     thresholds_from: str | None = None
@@ -148,25 +151,25 @@ class Passes:
         self.model_cuts, self.thresholds_from = tuple(cuts), source
         self.cuts = {t.source: tuple(c.of(t.source, t.numel) for c in cuts) for t in self.plan.counted}
 
-    def task(self, unit: Unit, majority: int = 1) -> MergeTask:
+    def task(self, unit: WorkItem, majority: int = 1) -> MergeTask:
         tensors = self.plan.tensors_of(unit) if self.plan.method.trim else ()
-        return MergeTask(unit=unit, cuts={t: self.cuts[t] for t in tensors}, majority=majority)
+        return MergeTask(item=unit, cuts={t: self.cuts[t] for t in tensors}, majority=majority)
 
     def is_current(self, result: MergeResult) -> bool:
         """Whether a result was computed with today's thresholds."""
-        if self._per_tensor and not self.plan.tensors_of(result.unit) <= self.cuts.keys():
+        if self._per_tensor and not self.plan.tensors_of(result.item) <= self.cuts.keys():
             return False
-        return self.task(result.unit).state_digest == result.state_digest
+        return self.task(result.item).state_digest == result.state_digest
 
     def is_final(self, task: MergeTask) -> bool:
         """Whether a task writes the bytes that its unit's result has."""
-        result = self.results.get(task.unit)
+        result = self.results.get(task.item)
         same_sign = result is not None and (result.majority == task.majority or not result.dependent)
         return result is not None and same_sign and result.state_digest == task.state_digest
 
     def merge_missing(self) -> None:
         """Merge what no result covers, taking the majority sign of the units so far for the final one."""
-        missing = list(self.plan.units(self.results))
+        missing = list(self.plan.items(self.results))
         self.solve(missing)
         if self._warming is not None:
             self._warming.join()
@@ -176,7 +179,7 @@ class Passes:
             for group in self._groups(missing):
                 self._merge(group)
 
-    def solve(self, units: Sequence[Unit]) -> None:
+    def solve(self, units: Sequence[WorkItem]) -> None:
         """Merge the matrices that these units copy from, the heaviest first. Raises NumericError."""
         touched = {t for unit in units for t in self.plan.tensors_of(unit)} & self.plan.matrices.keys()
         if not touched:
@@ -218,7 +221,7 @@ class Passes:
             return 0.0
         return self.worker.sample_signs(slices, weights, self.cuts)
 
-    def _groups(self, units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
+    def _groups(self, units: Sequence[WorkItem]) -> Iterator[Sequence[WorkItem]]:
         """All units at once; or, where tensors have thresholds of their own, budget-sized groups behind a selection.
 
         The second read of a group then comes from the page cache, not from the disk.
@@ -226,7 +229,7 @@ class Passes:
         if not self._per_tensor:
             yield units
             return
-        group: list[Unit] = []
+        group: list[WorkItem] = []
         tensors: set[str] = set()
         for i, unit in enumerate(units):
             group.append(unit)
@@ -237,7 +240,7 @@ class Passes:
                 yield group
                 group, tensors = [], set()
 
-    def select_for(self, units: Iterable[Unit]) -> None:
+    def select_for(self, units: Iterable[WorkItem]) -> None:
         """Find the thresholds of the tensors these units touch, where each tensor has its own."""
         if self._per_tensor:
             touched = {t for unit in units for t in self.plan.tensors_of(unit)} - self.cuts.keys()
@@ -245,18 +248,18 @@ class Passes:
             self.cuts |= found
             self.keeper.cuts(found)
 
-    def _merge(self, units: Iterable[Unit], majority: int | None = None) -> None:
+    def _merge(self, units: Iterable[WorkItem], majority: int | None = None) -> None:
         pending: list[MergeResult] = []
         last = time.monotonic()
 
-        def describe(unit: Unit) -> MergeTask:
+        def describe(unit: WorkItem) -> MergeTask:
             return self.task(unit, majority or (1 if self.sign_sum >= 0 else -1))
 
         try:
             for result in self.executor.map_unordered(self.step, units, describe):
                 pending.append(result)
                 self.sign_sum += result.sign_sum
-                self.progress.advance(result.unit.nbytes)
+                self.progress.advance(result.item.nbytes)
                 if time.monotonic() - last > COMMIT_SECONDS:
                     self._keep(pending)
                     pending, last = [], time.monotonic()
@@ -266,9 +269,9 @@ class Passes:
     def _keep(self, results: Sequence[MergeResult]) -> None:
         if results:
             self.keeper.merged(results)
-            self.results |= {r.unit: r for r in results}
+            self.results |= {r.item: r for r in results}
 
-    def _redo(self, units: Sequence[Unit], *, majority: int | None, reason: str) -> None:
+    def _redo(self, units: Sequence[WorkItem], *, majority: int | None, reason: str) -> None:
         if units:
             logger.info("%s: redoing %d of %d units", reason, len(units), len(self.results))
             with self._timed("redo"), phase(self.progress, "redo", sum(u.nbytes for u in units)):
@@ -279,7 +282,7 @@ class Passes:
         """Redo the units with exact cancellations, if the majority sign turned out not to be what they assumed."""
         if self.plan.method.asks_majority:
             sign = self.totals.majority
-            wrong = [r.unit for r in self.results.values() if r.dependent and r.majority != sign]
+            wrong = [r.item for r in self.results.values() if r.dependent and r.majority != sign]
             self._redo(
                 wrong, majority=sign, reason=f"exact cancellations took the wrong sign (the majority's is {sign:+d})"
             )
@@ -296,9 +299,9 @@ class Passes:
             self.mispredicted = True
             for i in range(len(self.plan.experts) if self.store is not None else 0):
                 assert self.store is not None
-                self.store.discard(self.store.key(self.plan, i))
+                self.store.discard(self.store.key(self.plan.base, self.plan.experts[i], self.plan.sizes))
             self._scan(speculate=False, proven=self._proven())
-            stale = [r.unit for r in self.results.values() if not self.is_current(r)]
+            stale = [r.item for r in self.results.values() if not self.is_current(r)]
             self._redo(stale, majority=None, reason="thresholds changed")
             wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
         if wrong:

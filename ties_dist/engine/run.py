@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 
 from ties_dist.engine.passes import Passes
 from ties_dist.engine.totals import describe
-from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError, listing
+from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError
 from ties_dist.executors.base import Executor
 from ties_dist.inputs.opening import stamp_inputs
+from ties_dist.messages import listing
+from ties_dist.output.card import model_card
+from ties_dist.output.companions import companion_files
+from ties_dist.output.folder import OutFolder
 from ties_dist.output.journal import Journal, Record, pack, read_journals
 from ties_dist.output.lock import Holder, RunLock
-from ties_dist.output.publish import OutFolder, companion_files, model_card, publish
+from ties_dist.output.publish import publish
 from ties_dist.output.report import MergeReport, peak_rss_bytes
 from ties_dist.output.resume import adopt, check_space, claim
 from ties_dist.planning.plan import MergePlan
@@ -29,7 +33,8 @@ from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.base import BLOCK_BYTES, Writer
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import Cuts, ModelCut
-from ties_dist.worker.merging import MergeResult, StillThere
+from ties_dist.values.items import MergeResult, blocks_by_file, output_files
+from ties_dist.worker.operations import StillThere
 from ties_dist.worker.site import Site
 
 if TYPE_CHECKING:
@@ -57,7 +62,7 @@ class DurableKeeper:
 
     def merged(self, results: Sequence[MergeResult]) -> None:
         self.lock.check()
-        self.writer.sync(sorted({r.unit.shard for r in results}))
+        self.writer.sync(output_files(r.item for r in results))
         for result in results:
             self.journal.merged(result)
         self.journal.commit()
@@ -162,7 +167,9 @@ def _merge(
     passes.warm_up()
     passes.cuts |= record.cuts
     passes.find_thresholds(record.thresholds)
-    current = record.covering(r for r in record.merged if r.unit.shard in kept and passes.is_current(r))
+    current = record.covering(
+        r for r in record.merged if kept.issuperset(output_files([r.item])) and passes.is_current(r)
+    )
     resumed = _take_over(passes, current, trust=trust)
     passes.merge_missing()
     passes.prove()
@@ -210,13 +217,13 @@ def _take_over(passes: Passes, results: Sequence[MergeResult], *, trust: bool) -
     if not results:
         return 0
     if trust:
-        passes.results |= {r.unit: r for r in results}
+        passes.results |= {r.item: r for r in results}
         return len(results)
-    with phase(passes.progress, "check", sum(r.unit.nbytes for r in results)):
+    with phase(passes.progress, "check", sum(r.item.nbytes for r in results)):
         for result, same in passes.executor.call(passes.step, StillThere(), results):
             if same:
-                passes.results[result.unit] = result
-            passes.progress.advance(result.unit.nbytes)
+                passes.results[result.item] = result
+            passes.progress.advance(result.item.nbytes)
     logger.info("resuming: %d of %d journalled units stand", len(passes.results), len(results))
     return len(passes.results)
 
@@ -228,8 +235,8 @@ def _bring_home(folder: OutFolder, passes: Passes, *, publishing: bool) -> None:
     the copy was made is merged again here.
     """
     unanswered = (task for tasks in passes.executor.usage.unanswered.values() for task in tasks)
-    stray = {task.unit for task in unanswered if not passes.is_final(task)}
-    names = {unit.shard for unit in stray}
+    stray = {task.item for task in unanswered if not passes.is_final(task)}
+    names = set(output_files(stray))
     if not stray:
         return
     logger.info("writes of lost workers may still arrive: going on with copies of %d shards", len(names))
@@ -258,9 +265,7 @@ def _check_inputs(job: Job, folder: OutFolder, lock: RunLock) -> None:
 
 def _blocks(job: Job, passes: Passes) -> dict[str, list[str]]:
     """Digests of every 1 MiB block of every shard, in file order."""
-    blocks: dict[str, list[str]] = {shard.name: [] for shard in job.plan.layout.shards}
-    for unit in sorted(passes.results):
-        blocks[unit.shard].extend(passes.results[unit].blocks)
+    blocks = blocks_by_file(passes.results.values())
     for shard in job.plan.layout.shards:
         assert len(blocks[shard.name]) == -(-shard.size // BLOCK_BYTES), "every byte in exactly one unit"
     return blocks

@@ -7,16 +7,17 @@ the threshold; only where that guess fails does a second read count the right bu
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ties_dist.errors import NumericError, listing
+from ties_dist.errors import NumericError
 from ties_dist.executors.base import Executor, Ledger
-from ties_dist.planning.plan import MergePlan, Unit
+from ties_dist.messages import listing
+from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.sample import SAMPLE_ELEMENTS, SAMPLE_SLICES, sample_slices
 from ties_dist.progress import Progress, phase
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.snapshot import Snapshot
@@ -34,14 +35,13 @@ from ties_dist.thresholds import (
     resolve,
     to_bits,
 )
+from ties_dist.values.items import WorkItem, as_item
 from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import CountTies, MergeStep, Observe, SelectTensor, Worker
+from ties_dist.worker.merging import MergeStep, Worker
+from ties_dist.worker.operations import CountTies, Observe, SelectTensor
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_SLICES = 1024
-SAMPLE_ELEMENTS = 2048
-"""Pages of 4 KiB in 16 bits. 1,000 predicted the exact bf16 threshold in 60 of 60 trials, whatever the model's size."""
 LARGER_SAMPLE, LARGER_FROM = 4, 64
 """Where the sample cannot tell an atom from the next, so many times of it can halve its error; of models that are so
 many times larger still, of which a scan would cost far more."""
@@ -133,7 +133,13 @@ class Scan:
         """Thresholds known already, into `found`; of others the bucket that a read has to count, where that is."""
         windows: dict[int, Window] = {}
         for i, rank in wanted.items():
-            known = self.store.load(self.store.key(self.plan, i), self.plan.elements) if self.store else None
+            known = (
+                self.store.load(
+                    self.store.key(self.plan.base, self.plan.experts[i], self.plan.sizes), self.plan.elements
+                )
+                if self.store
+                else None
+            )
             threshold = known.threshold(rank) if known else None
             if threshold is not None:
                 found[i] = threshold
@@ -196,12 +202,15 @@ class Scan:
             assert histogram.total == self.plan.elements, "a scan must count every element exactly once"
             self._counted[i] = histogram
             if self.store is not None:
-                self.store.save(self.store.key(self.plan, i % len(self.plan.experts)), histogram)
+                self.store.save(
+                    self.store.key(self.plan.base, self.plan.experts[i % len(self.plan.experts)], self.plan.sizes),
+                    histogram,
+                )
 
-    def _resume(self, windows: Mapping[int, Window]) -> tuple[Ledger, set[Unit]]:
+    def _resume(self, windows: Mapping[int, Window]) -> tuple[Ledger, set[WorkItem]]:
         kept = self.keep.load() if self.keep is not None else None
         total = _counts_so_far(*kept, windows) if kept else Observation()
-        ledger = Ledger(self.plan.units(total.units))
+        ledger = Ledger(self.plan.items(total.units))
         ledger.total = total
         return ledger, set(total.units)
 
@@ -212,7 +221,7 @@ class Scan:
         if tied:
             bits = [found.get(i, KEEP_ALL).bits for i in range(len(self.plan.experts))]
             totals: dict[str, np.ndarray] = {}
-            units = list(self.plan.units())
+            units = list(self.plan.items())
             with phase(self.progress, "ties", sum(u.nbytes for u in units) * (1 + len(bits))):
                 for unit, counts in self.executor.call(self.step, CountTies(tuple(bits)), units):
                     for tensor, count in counts.items():
@@ -244,7 +253,7 @@ def _as_kept(windows: Mapping[int, Window], total: Observation) -> tuple[Any, di
     """Counts with the byte ranges they are of: unit sizes may differ when the run is resumed."""
     facts = {
         "windows": [[i, *w] for i, w in sorted(windows.items())],
-        "units": sorted(total.units),
+        "items": sorted(total.units),
         "nonfinite": [[*key, n] for key, n in total.nonfinite.items()],
     }
     arrays = {f"{kind}{i}": getattr(h, kind) for i, h in total.histograms.items() for kind in ("coarse", "fine")}
@@ -253,38 +262,13 @@ def _as_kept(windows: Mapping[int, Window], total: Observation) -> tuple[Any, di
 
 def _counts_so_far(facts: Any, arrays: Mapping[str, np.ndarray], windows: Mapping[int, Window]) -> Observation:
     """What an interrupted scan of the same windows left; nothing where it had others."""
-    if facts["windows"] != [[i, *w] for i, w in sorted(windows.items())] or not facts["units"]:
+    if facts["windows"] != [[i, *w] for i, w in sorted(windows.items())] or not facts.get("items"):
         return Observation()
     return Observation(
-        units={Unit(*u) for u in facts["units"]},
+        units={as_item(each) for each in facts["items"]},
         nonfinite={(i, name): n for i, name, n in facts["nonfinite"]},
         histograms={i: Histogram(w, arrays[f"coarse{i}"], arrays[f"fine{i}"]) for i, w in windows.items()},
     )
-
-
-def sample_slices(plan: MergePlan, times: int = 1) -> tuple[list[tuple[str, int, int]], list[float]]:
-    """Slices (tensor, start, stop) in file order, and how many elements each element of a slice stands for.
-
-    Stratified: tensors differ in the size of their deltas, so each gets its share of the slices, and what it got is
-    weighted with its true size. The same in every run. times: the usual number of slices.
-    """
-    draw, wanted = random.Random(0), times * SAMPLE_SLICES
-    slices: list[tuple[str, int, int]] = []
-    weights: list[float] = []
-    owed = 0.0
-    for tensor in plan.counted:
-        owed += wanted * tensor.numel / max(1, plan.elements)
-        least = 1 if len(plan.counted) <= wanted else 0
-        count = min(max(int(owed), least), -(-tensor.numel // SAMPLE_ELEMENTS))
-        owed -= count
-        if not count:
-            continue
-        places = {int((i + draw.random()) / count * tensor.numel) // SAMPLE_ELEMENTS for i in range(count)}
-        chosen = [(p * SAMPLE_ELEMENTS, min(tensor.numel, (p + 1) * SAMPLE_ELEMENTS)) for p in sorted(places)]
-        sampled = sum(stop - start for start, stop in chosen)
-        slices += [(tensor.source, start, stop) for start, stop in chosen]
-        weights += [tensor.numel / sampled] * len(chosen)
-    return slices, weights
 
 
 def nonfinite_error(plan: MergePlan, worker: Worker, counts: Mapping[tuple[int, str], int]) -> NumericError:

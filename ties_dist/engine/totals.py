@@ -9,10 +9,11 @@ from functools import cached_property
 import numpy as np
 
 from ties_dist.output.report import ExpertReport, MergeReport
-from ties_dist.planning.plan import MergePlan, digest
+from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job
+from ties_dist.storage.digests import output_digest
 from ties_dist.thresholds import Cuts, ModelCut, proves
-from ties_dist.worker.merging import MergeResult
+from ties_dist.values.items import MergeResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +101,6 @@ class Totals:
                     f"{remedy} a smaller lambda"
                 )
         return problems
-
-
-def output_digest(shards: Iterable[tuple[str, int, Sequence[str]]]) -> str:
-    """One digest of a whole output: names, sizes and block digests of its shards, in file order."""
-    return digest(repr([(name, size, list(blocks)) for name, size, blocks in shards]).encode())
 
 
 def describe(

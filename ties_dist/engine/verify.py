@@ -11,20 +11,24 @@ from pathlib import Path
 from typing import Any, cast
 
 from ties_dist.engine.passes import Forgetful, Passes
-from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDistError, listing
+from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDistError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import opener
+from ties_dist.messages import listing, readable
+from ties_dist.output.companions import RECIPE_COPY
+from ties_dist.output.folder import STATE, OutFolder
 from ties_dist.output.journal import unpack
-from ties_dist.output.publish import RECIPE_COPY, STATE, OutFolder
-from ties_dist.planning.plan import Unit, readable
-from ties_dist.planning.prepare import Job, Resources, prepare
+from ties_dist.planning.options import Resources
+from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import Progress, phase
 from ties_dist.recipe.document import read_document
 from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.storage.digests import block_digests
 from ties_dist.storage.local import LocalWriter
 from ties_dist.storage.readers import open_reader
+from ties_dist.values.items import WorkItem
 from ties_dist.worker.matrices import Matrices
-from ties_dist.worker.merging import MergeStep, Worker, block_digests
+from ties_dist.worker.merging import MergeStep, Worker
 
 READ_BYTES = 16 * BLOCK_BYTES
 
@@ -146,7 +150,7 @@ def _check_sample(
     )
     if job.plan.fingerprint != manifest["fingerprint"]:
         raise CheckpointError(f"the inputs of {out} are not what they were when it was merged.")
-    units = list(job.plan.units())
+    units = list(job.plan.items())
     chosen = random.sample(units, max(1, min(len(units), round(share * len(units)))))
     passes = _passes(job, out, progress)
     if origin["thresholds"]:
@@ -155,7 +159,7 @@ def _check_sample(
     with phase(progress, "sample", sum(u.nbytes for u in chosen)):
         for unit in sorted(chosen):
             if _again(passes, unit, origin["majority"] or 1) != _blocks(manifest, unit):
-                problems.append(f"{unit.shard}: bytes {unit.start:,} to {unit.stop:,} differ from a new merge")
+                problems.append(f"{unit} differ from a new merge")
             progress.advance(unit.nbytes)
     if problems:
         raise DamageError(
@@ -190,14 +194,19 @@ def _passes(job: Job, out: Path, progress: Progress) -> Passes:
     """The passes of a merge whose results go nowhere."""
     return Passes(
         plan=job.plan,
-        step=MergeStep(Worker(job.plan, opener(job.plan, job.resources.backend), "eager"), LocalWriter(out)),
+        step=MergeStep(
+            Worker(
+                job.plan, opener(job.plan.models, job.resources.backend, reread_bytes=job.plan.reread_bytes), "eager"
+            ),
+            LocalWriter(out),
+        ),
         executor=LocalExecutor(job.plan.threads),
         keeper=Forgetful(),
         progress=progress,
     )
 
 
-def _again(passes: Passes, unit: Unit, majority: int) -> tuple[str, ...]:
+def _again(passes: Passes, unit: WorkItem, majority: int) -> tuple[str, ...]:
     passes.select_for([unit])
     passes.step.matrices = Matrices()  # those of other units would fill the memory
     passes.solve([unit])
@@ -206,9 +215,12 @@ def _again(passes: Passes, unit: Unit, majority: int) -> tuple[str, ...]:
     return block_digests(buffer.data[: unit.nbytes])
 
 
-def _blocks(manifest: Mapping[str, Any], unit: Unit) -> tuple[str, ...]:
-    blocks = manifest["shards"][unit.shard]["blocks"]
-    return tuple(blocks[unit.start // BLOCK_BYTES : -(-unit.stop // BLOCK_BYTES)])
+def _blocks(manifest: Mapping[str, Any], unit: WorkItem) -> tuple[str, ...]:
+    return tuple(
+        digest
+        for each in unit.ranges
+        for digest in manifest["shards"][each.file]["blocks"][each.start // BLOCK_BYTES :][: each.blocks]
+    )
 
 
 def summary(report: VerifyReport) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from ties_dist.errors import StoppedError
-from ties_dist.planning.plan import Unit
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem
 from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.worker.merging import MergeStep
 from ties_dist.worker.site import Site
 
 Item = TypeVar("Item")
@@ -35,7 +35,7 @@ def check_stop(stop: Stop) -> None:
 class Fold(Protocol):
     """Counts units into an accumulator; run in parallel, each caller with its own accumulator."""
 
-    def __call__(self, step: MergeStep, unit: Unit, into: Observation, /) -> None: ...
+    def __call__(self, step: MergeStep, unit: WorkItem, into: Observation, /) -> None: ...
 
 
 class Call(Protocol[Item, Result]):  # type: ignore[misc]
@@ -84,7 +84,7 @@ class Executor(Protocol):
         ...
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[Unit], describe: Callable[[Unit], MergeTask]
+        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
     ) -> Iterator[MergeResult]:
         """Merge units with a bounded window; results in any order, each after its bytes are written.
 
@@ -92,7 +92,7 @@ class Executor(Protocol):
         """
         ...
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
         """Partials that together cover the units, a few seconds apart, in any order."""
         ...
 
@@ -106,7 +106,7 @@ class Executor(Protocol):
 class Ledger:
     """What of a reduction has been counted, each unit exactly once."""
 
-    def __init__(self, units: Iterable[Unit]) -> None:
+    def __init__(self, units: Iterable[WorkItem]) -> None:
         self.missing = set(units)
         self.total = Observation()
 

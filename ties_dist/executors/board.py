@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ties_dist.executors.orders import Kind
-from ties_dist.planning.plan import Unit
-from ties_dist.worker.merging import MergeResult, MergeStep
+from ties_dist.values.items import MergeResult, WorkItem
+from ties_dist.worker.merging import MergeStep
 
 OPERATIONS_PER_BYTE = 10
 """5 GFLOP/s and 0.5 GB/s a core, roughly."""
@@ -143,8 +143,8 @@ class Pass:
 
     def name(self, index: int) -> str:
         item = self.items[index]
-        unit = item.unit if isinstance(item, MergeResult) else item
-        return f"{unit.shard}, bytes {unit.start:,} to {unit.stop:,}," if isinstance(unit, Unit) else f"'{item}'"
+        unit = item.item if isinstance(item, MergeResult) else item
+        return f"{unit}," if isinstance(unit, WorkItem) else f"'{item}'"
 
 
 def _place(step: MergeStep | None, item: Any) -> tuple[int, str]:
@@ -153,9 +153,9 @@ def _place(step: MergeStep | None, item: Any) -> tuple[int, str]:
     A matrix that is merged whole: as many bytes as units would have that take as long.
     """
     if isinstance(item, MergeResult):
-        item = item.unit
-    if isinstance(item, Unit):
-        return item.nbytes, item.shard
+        item = item.item
+    if isinstance(item, WorkItem):
+        return item.nbytes, item.file
     if step is None or not isinstance(item, str):
         return 1, ""
     plan = step.worker.plan

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ties_dist.errors import ClusterError, LockedError, PlanError, StoppedError, TiesDistError, UnitError, listing
+from ties_dist.errors import ClusterError, LockedError, PlanError, StoppedError, TiesDistError, UnitError
 from ties_dist.executors.base import Call, Fold, Item, Result, Usage, check_stop
 from ties_dist.executors.board import Pass
 from ties_dist.executors.orders import Answer, Event, Joined, Kind, Lost, Order
-from ties_dist.planning.plan import Unit
+from ties_dist.messages import listing
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem
 from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.worker.merging import MergeStep
 from ties_dist.worker.site import Site
 
 logger = logging.getLogger(__name__)
@@ -187,13 +188,13 @@ class FleetExecutor:
     # The three things that are asked for
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[Unit], describe: Callable[[Unit], MergeTask]
+        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
     ) -> Iterator[MergeResult]:
         asked = Pass("merge", list(units), describe=describe)
         for _, answer in self._run(asked):
             yield from answer.values
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
         for _, answer in self._run(Pass("fold", units, operation=fold)):
             yield answer.values
 

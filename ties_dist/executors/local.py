@@ -16,9 +16,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 from ties_dist.executors.base import Call, Fold, Item, Result, Stop, Usage, check_stop
-from ties_dist.planning.plan import UNITS_AROUND, Unit
+from ties_dist.planning.memory import UNITS_AROUND
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem
 from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeResult, MergeStep, MergeTask
+from ties_dist.worker.merging import MergeStep
 from ties_dist.worker.site import Site
 
 PARTIAL_SECONDS = 5.0
@@ -64,7 +65,7 @@ class LocalExecutor:
         """Nothing to do: this process is what there is."""
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[Unit], describe: Callable[[Unit], MergeTask]
+        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
     ) -> Iterator[MergeResult]:
         source = map(describe, units)
         given_up = threading.Event()
@@ -103,7 +104,7 @@ class LocalExecutor:
             raise failure
         check_stop(self.stop)
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
         waiting = iter(units)
         taking = threading.Lock()
         partials: queue.Queue[Observation | BaseException | None] = queue.Queue()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ties_dist.errors import StoppedError, TiesDistError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.output.report import peak_rss_bytes
+from ties_dist.values.items import output_files
 from ties_dist.worker.counting import Observation
 from ties_dist.worker.merging import MergeStep
 
@@ -82,9 +83,9 @@ def perform(order: Order, step: MergeStep, local: LocalExecutor) -> Answer:
     total, error = Observation(), None
     try:
         if order.kind == "merge":
-            places = {task.unit: place for place, task in enumerate(items)}
+            places = {task.item: place for place, task in enumerate(items)}
             for result in local.map_unordered(step, list(places), lambda unit: items[places[unit]]):
-                done.append(places[result.unit])
+                done.append(places[result.item])
                 values.append(result)
         elif order.kind == "fold":
             places = {unit: place for place, unit in enumerate(items)}
@@ -101,7 +102,7 @@ def perform(order: Order, step: MergeStep, local: LocalExecutor) -> Answer:
         error = _told(raised)
     if values and order.kind == "merge":
         try:
-            step.writer.sync(sorted({result.unit.shard for result in values}))
+            step.writer.sync(output_files(result.item for result in values))
         except Exception as raised:
             values, done, error = [], [], _told(raised)
     return Answer(

@@ -21,9 +21,10 @@ import llvmlite.binding as llvm
 from ties_dist.compiler.native import processor
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.opening import files_of, open_input
-from ties_dist.output.publish import OutFolder
-from ties_dist.planning.plan import Input, readable
+from ties_dist.messages import readable
+from ties_dist.output.folder import OutFolder
 from ties_dist.storage.backends import memory_limit
+from ties_dist.values.inputs import Input
 from ties_dist.worker.site import Site
 
 PROBE_BYTES = 3 << 12

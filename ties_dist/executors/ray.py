@@ -32,7 +32,7 @@ from ties_dist.executors.fleet import ORDERS_AT_ONCE
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order, perform
 from ties_dist.executors.preflight import Expectation, facts, preflight
-from ties_dist.planning.plan import readable
+from ties_dist.messages import readable
 from ties_dist.storage.local import write_durably
 from ties_dist.worker.site import Site
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ties_dist.errors import ClusterError, StoppedError
-from ties_dist.planning.plan import digest
+from ties_dist.storage.digests import digest
 
 PREFIX = "ties-dist"
 POLL_SECONDS = 1.0

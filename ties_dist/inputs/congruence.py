@@ -17,13 +17,10 @@ from fnmatch import translate
 from typing import Final, Literal
 
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.checkpoints.header import DTYPE_BITS, TensorEntry, show
-from ties_dist.errors import CheckpointError, listing
-
-MERGEABLE: Final = frozenset({"F32", "F16", "BF16"})
-_FLOAT: Final = MERGEABLE | {"F64"}
-_QUANTISED: Final = frozenset(dtype for dtype, bits in DTYPE_BITS.items() if dtype.startswith("F") and bits <= 8)
-_PACKING: Final = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
+from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.dtypes import DTYPE_BITS, FLOATS, PACKING, QUANTISED
+from ties_dist.errors import CheckpointError
+from ties_dist.messages import listing, show
 
 # How GPTQ, AWQ, compressed-tensors, bitsandbytes and MXFP4 name the matrices of integers they pack weights into.
 _PACKED: Final = re.compile(r"(^|[._])(weight|qweight|qzeros|weight_packed|packed_weight|blocks|scales)$")
@@ -263,7 +260,7 @@ class _Comparison:
             for i, label, expert in self.experts:
                 if name not in self.quantised[i]:
                     self._compare(base, i, label, expert)
-        merged = not excluded and base.dtype in _FLOAT
+        merged = not excluded and base.dtype in FLOATS
         self.tensors.append(
             OutputTensor(
                 name=name,
@@ -278,15 +275,15 @@ class _Comparison:
     def _compare(self, base: TensorEntry, i: int, label: str, expert: Checkpoint) -> None:
         entry = expert.tensors.get(base.name)
         if entry is None:
-            if base.dtype in _FLOAT:
+            if base.dtype in FLOATS:
                 tied = _is_head(base.name) and _says_tied(expert)
                 hint = " (its config.json says tie_word_embeddings: true)" if tied else ""
                 self._mismatch(base.name, f"missing in {label}{hint}")
             else:
                 self.counts[f"{label}: ", f" absent, not floating point; the {self.base_word}'s stay"] += 1
-        elif (base.dtype in _FLOAT) != (entry.dtype in _FLOAT):
+        elif (base.dtype in FLOATS) != (entry.dtype in FLOATS):
             self._mismatch(base.name, f"{label} has dtype {entry.dtype}, {self.base_word} {base.dtype}")
-        elif base.dtype in _FLOAT:
+        elif base.dtype in FLOATS:
             self._compare_float(base, label, entry)
         elif self.check_non_float:
             self._compare_non_float(base, i, label, entry)
@@ -329,7 +326,7 @@ class _Comparison:
                     self.counts[f"{label}: ", f" excluded that the {self.base_word} does not have"] += 1
                 elif name in self.alias:
                     self.notes[f"{label}: {show(name)}, tied to {show(self.alias[name])}, is dropped"] = None
-                elif expert.tensors[name].dtype in _FLOAT:
+                elif expert.tensors[name].dtype in FLOATS:
                     self._mismatch(name, f"extra in {label}, {self.base_word} does not have it")
                 else:
                     self.counts[f"{label}: ", f" dropped, not floating point and not in the {self.base_word}"] += 1
@@ -370,8 +367,8 @@ class _Comparison:
 
 
 def _is_quantised(entry: TensorEntry) -> bool:
-    packed = entry.dtype in _PACKING and len(entry.shape) > 1 and _PACKED.search(entry.name) is not None
-    return packed or entry.dtype in _QUANTISED
+    packed = entry.dtype in PACKING and len(entry.shape) > 1 and _PACKED.search(entry.name) is not None
+    return packed or entry.dtype in QUANTISED
 
 
 def _is_head(name: str) -> bool:

@@ -11,15 +11,17 @@ from pathlib import Path
 from ties_dist.adapters.merging import open_alone
 from ties_dist.adapters.peft import Adapter, adapt, is_of_base, read_adapter
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
-from ties_dist.errors import CheckpointError, listing
+from ties_dist.errors import CheckpointError
 from ties_dist.inputs.congruence import EqualCheck, MergeSet
-from ties_dist.planning.plan import Input, MergePlan, digest
+from ties_dist.messages import listing
 from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
 from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
 from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
 from ties_dist.storage.base import Reader
+from ties_dist.storage.digests import digest
 from ties_dist.storage.readers import open_reader
+from ties_dist.values.inputs import Input
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +115,18 @@ def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
     return True
 
 
-def opener(plan: MergePlan, backend: Backend) -> Callable[[Input], Reader]:
-    """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so."""
-    models = {m.path: m for m in reversed(plan.models) if m.adapter is None and _is_model(Path(m.path))}
+def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | None) -> Callable[[Input], Reader]:
+    """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so.
+
+    reread_bytes: read between the first and the second read of a byte (`MergePlan.reread_bytes`).
+    """
+    models = {m.path: m for m in reversed(inputs) if m.adapter is None and _is_model(Path(m.path))}
     chosen: dict[str, Backend] = dict.fromkeys(models, backend)
     if backend == "auto":
         files = {path: files_of(m) for path, m in models.items()}
         mapped = sum(sum(file_sizes(listed).values()) for listed in files.values())
         for path, m in reversed(models.items()):
-            facts = look(files[path], mapped=mapped, reread_bytes=plan.reread_bytes)
+            facts = look(files[path], mapped=mapped, reread_bytes=reread_bytes)
             choice = choose(facts)
             logger.log(logging.DEBUG if facts.size < SMALL_MODEL else logging.INFO, "reads: '%s' %s", m.name, choice)
             chosen[path] = choice.backend

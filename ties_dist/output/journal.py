@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ties_dist.planning.plan import Unit, digest
+from ties_dist.storage.digests import digest
 from ties_dist.storage.local import output_error, sync_folder
 from ties_dist.thresholds import Cuts, ModelCut, TensorCut, Threshold
-from ties_dist.worker.merging import MergeResult
+from ties_dist.values.items import MergeResult, Range, WorkItem
 
 
 @dataclass
@@ -32,9 +32,7 @@ class Journal:
         self._add(
             "merged",
             {
-                "shard": result.unit.shard,
-                "start": result.unit.start,
-                "stop": result.unit.stop,
+                "ranges": [list(each) for each in result.item.ranges],
                 "state": result.state_digest,
                 "majority": result.majority,
                 "blocks": list(result.blocks),
@@ -90,15 +88,21 @@ class Record:
 
         valid: oldest first. What a later range overlaps was found bad when that was written.
         """
-        chosen: dict[str, list[tuple[int, MergeResult]]] = {}
+        taken: dict[str, list[Range]] = {}
+        chosen = []
         for result in reversed(list(valid)):
-            unit = result.unit
-            taken = chosen.setdefault(unit.shard, [])
-            place = bisect_left(taken, unit.start, key=lambda t: t[0])
-            free_before = place == 0 or taken[place - 1][1].unit.stop <= unit.start
-            if free_before and (place == len(taken) or unit.stop <= taken[place][0]):
-                taken.insert(place, (unit.start, result))
-        return [result for shard in sorted(chosen) for _, result in chosen[shard]]
+            if all(_is_free(taken.setdefault(each.file, []), each) for each in result.item.ranges):
+                for each in result.item.ranges:
+                    insort(taken[each.file], each)
+                chosen.append(result)
+        return sorted(chosen, key=lambda result: result.item)
+
+
+def _is_free(taken: Sequence[Range], wanted: Range) -> bool:
+    """Whether a range overlaps none of those taken, which are disjoint and sorted."""
+    place = bisect_left(taken, wanted)
+    free_before = place == 0 or taken[place - 1].stop <= wanted.start
+    return free_before and (place == len(taken) or wanted.stop <= taken[place].start)
 
 
 def pack(cuts: Sequence[ModelCut]) -> list[object]:
@@ -134,12 +138,18 @@ def _take(record: Record, fact: dict[str, object]) -> None:
             record.publishing = True
 
 
+def _ranges(values: Mapping[str, Any]) -> tuple[Range, ...]:
+    """Of a line; one of version 0.1.0 names its only range without a list."""
+    listed = values["ranges"] if "ranges" in values else [[values["shard"], values["start"], values["stop"]]]
+    return tuple(Range(str(file), int(start), int(stop)) for file, start, stop in listed)
+
+
 def _result(fact: Mapping[str, object]) -> MergeResult:
     values: Mapping[str, object] = fact
     counts = values["counts"]
     assert isinstance(counts, dict)
     return MergeResult(
-        unit=Unit(str(values["shard"]), int(str(values["start"])), int(str(values["stop"]))),
+        item=WorkItem(_ranges(values)),
         state_digest=str(values["state"]),
         majority=int(str(values["majority"])),
         blocks=tuple(values["blocks"]),  # type: ignore[arg-type]

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ties_dist.errors import CheckpointError, OutputError, PlanError, listing
-from ties_dist.output.publish import OutFolder
+from ties_dist.errors import CheckpointError, OutputError, PlanError
+from ties_dist.messages import listing, readable
+from ties_dist.output.folder import OutFolder
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import OutputShard
-from ties_dist.planning.plan import readable
 from ties_dist.planning.prepare import Job
 from ties_dist.storage.local import copy_sparse, output_error, sync_folder, write_durably
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ties_dist.errors import OutputError
+from ties_dist.messages import readable
+from ties_dist.output.folder import OutFolder
 from ties_dist.output.journal import read_journals
 from ties_dist.output.lock import HEARTBEAT_SECONDS, Holder, RunLock
-from ties_dist.output.publish import OutFolder
-from ties_dist.planning.plan import readable
 
 WATCHED_SECONDS = 1.6 * HEARTBEAT_SECONDS
 LOOKS = 5
@@ -121,7 +121,7 @@ def _progress(folder: OutFolder, run: Path | None) -> tuple[int, int, tuple[floa
     if run is None:
         return 0, 0, ()
     record = read_journals(run)
-    durable = sum(r.unit.nbytes for r in record.covering(record.merged))
+    durable = sum(r.item.nbytes for r in record.covering(record.merged))
     parts = list((run / "parts").glob("*.partial"))
     total = sum(p.stat().st_size for p in parts)
     if record.publishing:

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ties_dist.checkpoints.header import DTYPE_BITS
+from ties_dist.dtypes import ITEM_BYTES
+from ties_dist.values.items import WorkItem
 
 DATA_ALIGNMENT = 4096
-ITEM_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -97,6 +97,14 @@ class Layout:
     @cached_property
     def by_name(self) -> Mapping[str, OutputShard]:
         return {shard.name: shard for shard in self.shards}
+
+    def placed(self, item: WorkItem) -> Iterator[tuple[Segment, int]]:
+        """The tensor slices that an item writes, each with its place among the item's bytes."""
+        before = 0
+        for each in item.ranges:
+            for segment in self.by_name[each.file].segments(each.start, each.stop):
+                yield segment, before + segment.offset - each.start
+            before += each.nbytes
 
     @property
     def total_bytes(self) -> int:

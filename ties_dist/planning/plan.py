@@ -11,71 +11,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
-import xxhash
-
-from ties_dist.errors import PlanError
+from ties_dist.dtypes import ITEM_BYTES
 from ties_dist.methods.base import Method
-from ties_dist.planning.layout import ITEM_BYTES, Layout, TensorSpec
-from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.planning.layout import Layout, TensorSpec
+from ties_dist.storage.digests import digest
+from ties_dist.values.inputs import Input
+from ties_dist.values.items import Range, WorkItem
+from ties_dist.values.numbers import TensorNumbers
 
 SEMANTICS_VERSION = 1
 """Goes into the fingerprint; raised when the arithmetic of semantics.md changes."""
-
-DEFAULT_UNIT_BYTES = 8 << 20
-"""Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M (facts.md)."""
-UNITS_AROUND = 4
-"""Being read ahead (2) and written behind (2) those that are computed, one per thread."""
-PROCESS_BYTES = 480 << 20
-"""Resident set of a worker before any unit: Python, torch, numba and their libraries."""
-GPU_BYTES = 512 << 20
-"""What the driver adds to a process that uses GPUs: an allowance, not yet measured."""
-SOLVER_BYTES = 192 << 20
-"""What numba adds to a process that compiles the solver for the first time, and malloc keeps of freed matrices."""
-EAGER_TEMPORARIES = 12
-"""Float32 temporaries per operand and element of an eager block."""
-
-
-class Unit(NamedTuple):
-    """Bytes [start, stop) of one output shard; bounds are multiples of 1 MiB but for the file's end."""
-
-    shard: str
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where one tensor of one input lies: bytes [start, start + numel * item) of a file; dtype as in its header."""
-
-    file: str
-    start: int
-    dtype: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """One model to read from: path is a folder or a single file, adapter the folder of what is applied to it; identity
-    is path-free, for the fingerprint."""
-
-    name: str
-    path: str
-    tensors: Mapping[str, Source]
-    identity: str
-    adapter: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorNumbers:
-    """The recipe's numbers for one tensor: global parameters, and those of each expert."""
-
-    parameters: Mapping[str, float]
-    experts: tuple[Mapping[str, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,26 +145,26 @@ class MergePlan:
         """An expert's density, where the trim's scope is the model and so one holds for all tensors."""
         return self.numbers[self.counted[0].source].experts[expert]["density"]
 
-    def units(self, done: Iterable[Unit] = ()) -> Iterator[Unit]:
-        """Units covering every byte of the output that none of `done` covers, whatever their size, in file order."""
+    def items(self, done: Iterable[WorkItem] = ()) -> Iterator[WorkItem]:
+        """Work that covers every byte of the output that none of `done` covers, whatever its size, in file order."""
         covered: dict[str, list[tuple[int, int]]] = {}
-        for unit in done:
-            covered.setdefault(unit.shard, []).append((unit.start, unit.stop))
+        for file, start, stop in (each for item in done for each in item.ranges):
+            covered.setdefault(file, []).append((start, stop))
         for shard in self.layout.shards:
             for start, stop in gaps(covered.get(shard.name, ()), shard.size):
-                yield from cut(shard.name, start, stop, self.unit_bytes)
+                for each in cut(shard.name, start, stop, self.unit_bytes):
+                    yield WorkItem((each,))
 
-    def tensors_of(self, unit: Unit) -> set[str]:
-        """Source names of the merged tensors a unit touches."""
-        segments = self.layout.by_name[unit.shard].segments(unit.start, unit.stop)
-        return {s.tensor.source for s in segments if s.tensor.merged}
+    def tensors_of(self, item: WorkItem) -> set[str]:
+        """Source names of the merged tensors an item touches."""
+        return {s.tensor.source for s, _ in self.layout.placed(item) if s.tensor.merged}
 
 
-def cut(shard: str, start: int, stop: int, unit_bytes: int) -> Iterator[Unit]:
-    """[start, stop) in units that end at multiples of `unit_bytes`."""
+def cut(shard: str, start: int, stop: int, unit_bytes: int) -> Iterator[Range]:
+    """[start, stop) in ranges that end at multiples of `unit_bytes`."""
     while start < stop:
         end = min(stop, (start // unit_bytes + 1) * unit_bytes)
-        yield Unit(shard, start, end)
+        yield Range(shard, start, end)
         start = end
 
 
@@ -231,76 +177,6 @@ def gaps(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, in
         position = max(position, stop)
     if position < size:
         yield position, size
-
-
-def fit_unit_bytes(
-    *,
-    asked: int | None,
-    budget: int,
-    threads: int,
-    units: int,
-    outputs: int,
-    method: Method,
-    tensors: Sequence[TensorSpec],
-    operands: Sequence[Input],
-) -> tuple[int, int]:
-    """Unit size and the buffers' projected peak, in bytes. Raises PlanError where the budget is too small.
-
-    asked: the user's unit size, or None for the largest of 8, 4, 2, 1 MiB that fits. units: how many are under way,
-    each with `outputs` results.
-    """
-    if asked is not None and asked < BLOCK_BYTES:
-        raise PlanError(
-            f"--unit-size {readable(asked)} is too small: cuts are at multiples of 1MiB. Give 1MiB or more."
-        )
-    # Widest ratio of bytes read to bytes written over the merged tensors, for all operands together.
-    ratio = max(
-        (
-            sum(ITEM_BYTES[m.tensors[t.source].dtype] for m in operands) / ITEM_BYTES[t.dtype]
-            for t in tensors if t.merged
-        ),
-        default=1.0,
-    )  # fmt: skip
-    sizes = [asked // BLOCK_BYTES * BLOCK_BYTES] if asked else [DEFAULT_UNIT_BYTES >> i for i in range(4)]
-    fixed = statistics_bytes(method, len(operands), threads) + 4 * EAGER_TEMPORARIES * len(operands) * (1 << 15)
-    for unit_bytes in sizes:
-        buffers = int(units * unit_bytes * (outputs + ratio)) + fixed
-        if buffers <= budget:
-            return unit_bytes, buffers
-    raise PlanError(
-        f"--memory-budget {readable(budget)} is too small: units of {readable(unit_bytes)} need {readable(buffers)} of "
-        f"buffers ({len(operands)} inputs, {threads} threads). Raise --memory-budget (it is per worker process) to at "
-        f"least {readable(_whole_mebibytes(buffers))}"
-        + (", or give a smaller --unit-size." if asked and asked > BLOCK_BYTES else ".")
-    )
-
-
-def fit_matrices(matrices: Mapping[str, Matrix], *, budget: int, threads: int, buffers: int) -> tuple[int, int]:
-    """How many matrices are merged at once, and the projected peak with them, in bytes. Raises PlanError.
-
-    They are merged before the units are: the buffers of these stay allocated only later.
-    """
-    if not matrices:
-        return 1, buffers
-    name, largest = max(matrices.items(), key=lambda item: item[1].work_bytes)
-    if largest.work_bytes > budget:
-        raise PlanError(
-            f"'{name}' ({largest.outputs:,} x {largest.inputs:,}) is merged whole and needs "
-            f"{readable(largest.work_bytes)} per worker in float64; --memory-budget is {readable(budget)}. Raise "
-            f"--memory-budget (it is per worker process) to at least {readable(_whole_mebibytes(largest.work_bytes))}, "
-            "or list the tensor under `exclude`."
-        )
-    solvers = max(1, min(threads, budget // largest.work_bytes))
-    return solvers, max(buffers, solvers * largest.work_bytes) + SOLVER_BYTES
-
-
-def _whole_mebibytes(size: int) -> int:
-    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
-
-
-def statistics_bytes(method: Method, operands: int, threads: int) -> int:
-    """Histograms of a scan: per thread and expert a coarse one and four fine windows, and the driver's sum."""
-    return 0 if method.trim is None else (threads + 2) * operands * 8 * ((1 << 15) + 4 * (1 << 16))
 
 
 def fingerprint(recipe: Mapping[str, object], layout: Layout, inputs: Sequence[Input]) -> str:
@@ -318,17 +194,3 @@ def fingerprint(recipe: Mapping[str, object], layout: Layout, inputs: Sequence[I
         "inputs": [model.identity for model in inputs],
     }
     return digest(json.dumps(document, sort_keys=True).encode())
-
-
-def digest(content: bytes | memoryview) -> str:
-    """The fast hash used for all digests here: XXH3, 128 bits, hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(content)
-
-
-def readable(size: float) -> str:
-    """A size as a person writes it on the command line: 1.5GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            return f"{size:.4g}{unit}"
-        size /= 1024
-    raise AssertionError

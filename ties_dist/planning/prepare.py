@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,54 +11,22 @@ from typing import cast
 
 from ties_dist.adapters.merging import align, merged_config, on_factors
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.compiler.kernel import KernelKind
-from ties_dist.compiler.slices import TYPES
-from ties_dist.errors import CheckpointError, RecipeError, listing
+from ties_dist.dtypes import HEADER_DTYPES
+from ties_dist.errors import CheckpointError, RecipeError
 from ties_dist.inputs.congruence import MergeSet, compare
 from ties_dist.inputs.opening import compare_bytes, open_all, stamp_inputs
-from ties_dist.methods.known import known_methods
+from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
+from ties_dist.methods.known import known_methods
 from ties_dist.planning.layout import SINGLE_NAME, TensorSpec, lay_out
-from ties_dist.planning.plan import (
-    GPU_BYTES,
-    PROCESS_BYTES,
-    UNITS_AROUND,
-    Input,
-    Matrix,
-    MergePlan,
-    Source,
-    TensorNumbers,
-    fingerprint,
-    fit_matrices,
-    fit_unit_bytes,
-    readable,
-)
+from ties_dist.planning.memory import GPU_BYTES, PROCESS_BYTES, UNITS_AROUND, fit_matrices, fit_unit_bytes
+from ties_dist.planning.options import Resources
+from ties_dist.planning.plan import Matrix, MergePlan, fingerprint
 from ties_dist.recipe.recipe import ModelReference, Recipe, layer_depths, load_recipe
 from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Location, fetch
 from ties_dist.statistics.collected import ExpertStatistics, how_to_collect
-from ties_dist.storage.backends import Backend
-
-HEADER_DTYPES: dict[str, str] = {kind: dtype for dtype, kind in TYPES.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What a worker process may use."""
-
-    threads: int | None = None
-    memory_budget: int = 2 << 30
-    unit_bytes: int | None = None
-    kernel: KernelKind = "auto"
-    kernel_cache: Path | None = None
-    outputs: int = 1
-    """Merges of the same inputs that are done together, each with its own result of every unit."""
-    gpu_slots: int = 0
-    """Units that GPUs hold at once; 0: the processor merges."""
-    backend: Backend = "auto"
-
-    @property
-    def thread_count(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+from ties_dist.values.inputs import Input, Source
+from ties_dist.values.numbers import TensorNumbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Literal, Protocol
 
-from ties_dist.errors import nearest
+from ties_dist.messages import nearest
 from ties_dist.methods.parameter import Parameter
 from ties_dist.recipe.options import COMMON_OPTIONS, PRESET_DEFAULTS, Options, complete_options, default_semantics_note
 from ties_dist.recipe.references import Location, locate

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ties_dist.errors import nearest
+from ties_dist.messages import nearest
 
 Semantics = Literal["paper", "mergekit", "peft"]
 

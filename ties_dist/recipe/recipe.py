@@ -15,7 +15,8 @@ from typing import cast
 
 import yaml
 
-from ties_dist.errors import RecipeError, listing
+from ties_dist.errors import RecipeError
+from ties_dist.messages import listing
 from ties_dist.methods.parameter import Parameter
 from ties_dist.recipe.dialect import Draft, MethodSpec, read_draft
 from ties_dist.recipe.document import read_document

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from reprlib import repr as short
 
-from ties_dist.errors import RecipeError, nearest
+from ties_dist.errors import RecipeError
+from ties_dist.messages import nearest
 from ties_dist.methods.parameter import Parameter
 
 Case = tuple[str | None, tuple[float, ...]]

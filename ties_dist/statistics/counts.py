@@ -11,12 +11,13 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ties_dist.planning.plan import MergePlan, digest
+from ties_dist.storage.digests import digest
 from ties_dist.thresholds import (
     COARSE_BUCKETS,
     FINE_BUCKETS,
@@ -26,21 +27,11 @@ from ties_dist.thresholds import (
     coarse_bucket,
     fine_threshold,
 )
+from ties_dist.values.inputs import Input
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-KERNELS = "kernels"
-"""Compiled loops, in a folder beside the statistics."""
-
-
-def cache_folder(asked: Path | None) -> Path:
-    """`--cache-dir`, else TIES_DIST_CACHE, else the user's cache folder; absolute, as workers start elsewhere."""
-    if asked is not None:
-        return asked.absolute()
-    if folder := os.environ.get("TIES_DIST_CACHE"):
-        return Path(folder).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ties_dist"
 
 
 @dataclass
@@ -63,9 +54,9 @@ class Counted:
 class StatisticsStore:
     folder: Path
 
-    def key(self, plan: MergePlan, expert: int) -> str:
-        counted = [(t.source, t.numel) for t in plan.counted]
-        return digest(repr((VERSION, plan.base.identity, plan.experts[expert].identity, counted)).encode())
+    def key(self, base: Input, expert: Input, sizes: Mapping[str, int]) -> str:
+        """Names what an expert's counts follow from. sizes: elements of each counted tensor, in canonical order."""
+        return digest(repr((VERSION, base.identity, expert.identity, list(sizes.items()))).encode())
 
     def load(self, key: str, elements: int) -> Counted | None:
         """A whole and consistent entry, or None."""

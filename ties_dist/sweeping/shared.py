@@ -15,9 +15,9 @@ from typing import Any, cast
 
 from ties_dist.errors import StoppedError, TiesDistError
 from ties_dist.executors.base import Call, Executor, Fold, Item, Result, Usage
-from ties_dist.planning.plan import Unit
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem
 from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import Loaded, MergeResult, MergeStep, MergeTask
+from ties_dist.worker.merging import Loaded, MergeStep
 from ties_dist.worker.site import Site
 
 
@@ -90,7 +90,7 @@ class SharedExecutor:
         """The inner executor works in this process."""
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[Unit], describe: Callable[[Unit], MergeTask]
+        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
     ) -> Iterator[MergeResult]:
         own = Request(self.label, step, map(describe, units))
         together = self.meeting.join(own)
@@ -122,7 +122,7 @@ class SharedExecutor:
             for request in others:
                 request.answers.put(ending)
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[Unit]) -> Iterator[Observation]:
+    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
         return self.inner.reduce(step, fold, units)
 
     def call(
@@ -137,9 +137,9 @@ Group = list[tuple[Request, MergeTask]]
 def _groups(together: Sequence[Request]) -> Iterator[Group]:
     """Tasks of the same unit, of all who want it, in file order."""
     heads = {request: request.draw() for request in together}
-    while wanted := [task.unit for task in heads.values() if task is not None]:
+    while wanted := [task.item for task in heads.values() if task is not None]:
         unit = min(wanted)
-        group = [(r, task) for r, task in heads.items() if task is not None and task.unit == unit]
+        group = [(r, task) for r, task in heads.items() if task is not None and task.item == unit]
         yield group
         for request, _ in group:
             heads[request] = request.draw()

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.compiler.kernel import KernelKind
 from ties_dist.engine.run import run
-from ties_dist.errors import RecipeError, TiesDistError, listing
+from ties_dist.errors import RecipeError, TiesDistError
 from ties_dist.executors.local import LocalExecutor
+from ties_dist.messages import listing
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.prepare import Job, Resources, prepare
+from ties_dist.planning.options import Resources
+from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import LogProgress, Progress
 from ties_dist.recipe.document import read_document
-from ties_dist.statistics.counts import KERNELS, StatisticsStore, cache_folder
+from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
 from ties_dist.sweeping.shared import Meeting, SharedExecutor
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ties_dist.compiler.loop import DType
-from ties_dist.compiler.slices import TYPES, loadable, widened
+from ties_dist.compiler.slices import loadable, widened
+from ties_dist.dtypes import ITEM_BYTES, TYPES, DType
 from ties_dist.errors import CheckpointError
-from ties_dist.planning.layout import ITEM_BYTES, Segment
-from ties_dist.planning.plan import Input, MergePlan, Unit
+from ties_dist.planning.layout import Segment
+from ties_dist.planning.plan import MergePlan
 from ties_dist.storage.base import Reader, Span
 from ties_dist.thresholds import KEEP_ALL, KEEP_NONE, Cuts, Histogram, TensorCut, Threshold, Window, resolve
+from ties_dist.values.inputs import Input
+from ties_dist.values.items import WorkItem
 
 SELECT_SLICE = 1 << 22
 """Elements read at a time where a whole tensor is ranked."""
@@ -73,7 +75,7 @@ class ModelReader:
 class Observation:
     """Integer statistics of some units: mergeable by addition, each unit once. nonfinite: tensor -> counts."""
 
-    units: set[Unit] = field(default_factory=set)
+    units: set[WorkItem] = field(default_factory=set)
     histograms: dict[int, Histogram] = field(default_factory=dict)
     nonfinite: dict[tuple[int, str], int] = field(default_factory=dict)
 
@@ -112,10 +114,10 @@ class Counter:
     def requested_bytes(self) -> int:
         return sum(m.requested_bytes for m in self._models)
 
-    def segments(self, unit: Unit) -> list[Segment]:
-        return list(self.plan.layout.by_name[unit.shard].segments(unit.start, unit.stop))
+    def segments(self, unit: WorkItem) -> list[Segment]:
+        return [segment for segment, _ in self.plan.layout.placed(unit)]
 
-    def observe(self, unit: Unit, windows: Mapping[int, Window], into: Observation) -> None:
+    def observe(self, unit: WorkItem, windows: Mapping[int, Window], into: Observation) -> None:
         """Count |delta| over a unit's counted elements. windows: by expert, modulo their number."""
         into.units.add(unit)
         for expert, window in windows.items():
@@ -140,7 +142,7 @@ class Counter:
                 if found:
                     into.nonfinite[number, tensor] = into.nonfinite.get((number, tensor), 0) + found
 
-    def count_ties(self, unit: Unit, bits: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    def count_ties(self, unit: WorkItem, bits: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Per counted tensor of a unit and per expert, how many |delta| have the pattern `bits[expert]`."""
         from ties_dist.kernels.histogram import count_equal
 

@@ -11,21 +11,19 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from ties_dist.compiler.slices import TYPES, beyond, narrowed
 from ties_dist.errors import OutputError
-from ties_dist.planning.plan import digest
+from ties_dist.storage.digests import digest
 from ties_dist.storage.local import output_error, write_durably
 from ties_dist.storage.memory import MemorySpan
 
 if TYPE_CHECKING:
-    from ties_dist.worker.merging import MergeStep, Worker
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,51 +106,3 @@ class Matrices:
     def _path(self, tensor: str, kind: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{xxhash.xxh3_64_hexdigest(tensor.encode())}.{kind}"
-
-
-@dataclass(frozen=True)
-class SolveMatrix:
-    """Merges a tensor whole, unless that was done; of a resumed run's, the bytes are checked."""
-
-    def __call__(self, step: MergeStep, tensor: str) -> Solved:
-        if not step.matrices.intact(tensor):
-            with step.worker.solving:
-                step.matrices.put(tensor, *_solve(step.worker, tensor))
-        found = step.matrices.get(tensor)
-        assert found is not None
-        return found
-
-
-def _solve(worker: Worker, tensor: str) -> tuple[Solved, memoryview]:
-    plan, numbers = worker.plan, worker.plan.numbers[tensor]
-    matrix = plan.matrices[tensor]
-    experts = range(len(plan.experts))
-    bad: dict[tuple[str, int], int] = {}  # a matrix may be read twice
-
-    def gram(i: int) -> np.ndarray:
-        found = worker.grams[i].widened(tensor, 0, matrix.inputs**2)
-        bad["gram", i] = beyond(found, "float32")
-        return found.reshape(matrix.inputs, matrix.inputs)
-
-    def weight(i: int) -> np.ndarray:
-        found = worker.experts[i].widened(tensor, 0, matrix.inputs * matrix.outputs)
-        bad["weight", i] = beyond(found, "float32")
-        if matrix.transposed:
-            return found.reshape(matrix.inputs, matrix.outputs)
-        return np.ascontiguousarray(found.reshape(matrix.outputs, matrix.inputs).T)
-
-    merged = plan.method.solve(
-        numbers.parameters,
-        numbers.experts,
-        [partial(gram, i) for i in experts],
-        [partial(weight, i) for i in experts],
-    )
-    nonfinite = tuple(bad["gram", i] + bad["weight", i] for i in experts)
-    if any(nonfinite) or merged is None:
-        return Solved(plain=True, nonfinite=nonfinite), memoryview(b"")
-    dtype = TYPES[matrix.dtype]
-    with np.errstate(over="ignore"):
-        values = (merged if matrix.transposed else merged.T).astype(np.float32, order="C").reshape(-1)
-    content = narrowed(values, dtype).data.cast("B")
-    solved = Solved(plain=False, digest=digest(content), nonfinite=nonfinite, overflowing=beyond(values, dtype))
-    return solved, content

@@ -18,52 +18,21 @@ import numpy as np
 import xxhash
 
 from ties_dist.compiler.kernel import KernelKind, MergeKernel
-from ties_dist.compiler.loop import ITEM_BYTES as KERNEL_ITEM_BYTES
-from ties_dist.compiler.loop import DType
 from ties_dist.compiler.native import KernelStore
-from ties_dist.compiler.slices import TYPES, Slice
+from ties_dist.compiler.slices import Slice
+from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, TYPES, DType
 from ties_dist.methods.base import Cut, State
-from ties_dist.planning.layout import ITEM_BYTES, Segment, TensorSpec
-from ties_dist.planning.plan import Unit, digest
-from ties_dist.storage.base import BLOCK_BYTES, Span, Writer
+from ties_dist.planning.layout import Segment, TensorSpec
+from ties_dist.storage.base import Span, Writer
 from ties_dist.storage.buffers import Buffers
-from ties_dist.thresholds import Cuts, Window, from_bits, split_points
-from ties_dist.worker.counting import Counter, Observation
+from ties_dist.storage.digests import block_digests
+from ties_dist.thresholds import Cuts, from_bits, split_points
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem
+from ties_dist.worker.counting import Counter
 from ties_dist.worker.matrices import Matrices
 
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeTask:
-    """One unit and the state it is merged with: cuts by source tensor, and the sign of exact cancellations."""
-
-    unit: Unit
-    cuts: Mapping[str, Cuts]
-    majority: int
-
-    @cached_property
-    def state_digest(self) -> str:
-        """Digest of the thresholds alone; the majority sign stands beside it in the journal."""
-        return digest(repr(sorted(self.cuts.items())).encode())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MergeResult:
-    """A unit whose bytes are written, not yet durable.
-
-    blocks: digest of each 1 MiB block of the file the unit covers. counts: per source tensor, in the order of
-    `MergePlan.counter_names`. dependent: entries whose result depends on the majority sign; sign_sum: of elected signs.
-    """
-
-    unit: Unit
-    state_digest: str
-    majority: int
-    blocks: tuple[str, ...]
-    counts: Mapping[str, tuple[int, ...]]
-    dependent: int
-    sign_sum: int = 0
 
 
 @dataclass
@@ -170,10 +139,10 @@ class Worker(Counter):
         levels = tuple((from_bits(c.bits), from_bits(c.bits if start < c.ties else c.bits + 1)) for c in part.cuts)
         low, high = start - part.start, stop - part.start
         types, out_type = self._types(part.tensor), TYPES[part.written]
-        item = KERNEL_ITEM_BYTES[out_type]
+        item = LOOP_BYTES[out_type]
         return Slice(
             operands=[
-                view[low * KERNEL_ITEM_BYTES[kind] : high * KERNEL_ITEM_BYTES[kind]]
+                view[low * LOOP_BYTES[kind] : high * LOOP_BYTES[kind]]
                 for view, kind in zip(part.views, types, strict=True)
             ],
             types=types,
@@ -243,7 +212,7 @@ class MergeStep:
         return names.index("sign_sum") if "sign_sum" in names else None
 
     def load(self, task: MergeTask) -> Loaded:
-        segments = self.worker.segments(task.unit)
+        segments = self.worker.segments(task.item)
         spans: list[list[Span]] = []
         for s in segments:
             if self.is_solved(s.tensor):
@@ -269,18 +238,15 @@ class MergeStep:
 
     def merge(self, task: MergeTask, loaded: Loaded) -> Computed:
         """`compute`, but what was loaded is kept, for another merge of the same unit."""
-        unit, worker = task.unit, self.worker
-        shard = worker.plan.layout.by_name[unit.shard]
-        buffer = self.buffers.take(unit.nbytes)
-        out = buffer.data[: unit.nbytes]
-        if unit.start < len(shard.header):
-            head = shard.header[unit.start : unit.stop]
-            out[: len(head)] = head
+        item, worker = task.item, self.worker
+        buffer = self.buffers.take(item.nbytes)
+        out = buffer.data[: item.nbytes]
+        self._write_headers(item, out)
         counts: dict[str, tuple[int, ...]] = {}
         merged: list[Segment] = []
         parts: list[Part] = []
-        for segment, spans in zip(loaded.segments, loaded.spans, strict=True):
-            place = out[segment.offset - unit.start : segment.offset - unit.start + segment.nbytes]
+        for (segment, at), spans in zip(worker.plan.layout.placed(item), loaded.spans, strict=True):
+            place = out[at : at + segment.nbytes]
             if not segment.tensor.merged or self.is_solved(segment.tensor):
                 place[:] = spans[0].view
                 continue
@@ -305,60 +271,29 @@ class MergeStep:
                 counts[segment.tensor.source] = tuple(int(c) for c in found)
         return buffer, counts, dependent
 
+    def _write_headers(self, item: WorkItem, out: memoryview) -> None:
+        before = 0
+        for each in item.ranges:
+            head = self.worker.plan.layout.by_name[each.file].header[each.start : each.stop]
+            out[before : before + len(head)] = head
+            before += each.nbytes
+
     def store(self, task: MergeTask, computed: Computed) -> MergeResult:
         buffer, counts, dependent = computed
-        block = buffer.data[: task.unit.nbytes]
-        self.writer.write(task.unit.shard, task.unit.start, block)
-        blocks = block_digests(block)
+        blocks: list[str] = []
+        before = 0
+        for each in task.item.ranges:
+            content = buffer.data[before : before + each.nbytes]
+            self.writer.write(each.file, each.start, content)
+            blocks += block_digests(content)
+            before += each.nbytes
         self.buffers.give(buffer)
         return MergeResult(
-            unit=task.unit,
+            item=task.item,
             state_digest=task.state_digest,
             majority=task.majority,
-            blocks=blocks,
+            blocks=tuple(blocks),
             counts=counts,
             dependent=dependent,
             sign_sum=sum(c[self.sign_counter] for c in counts.values()) if self.sign_counter is not None else 0,
         )
-
-
-@dataclass(frozen=True)
-class Observe:
-    """Counts |delta| of units into histograms. windows: by expert, as of `Counter.observe`."""
-
-    windows: Mapping[int, Window]
-
-    def __call__(self, step: MergeStep, unit: Unit, into: Observation) -> None:
-        step.worker.observe(unit, self.windows, into)
-
-
-@dataclass(frozen=True)
-class CountTies:
-    """Entries of a unit that equal the thresholds. bits: by expert."""
-
-    bits: tuple[int, ...]
-
-    def __call__(self, step: MergeStep, unit: Unit) -> dict[str, tuple[int, ...]]:
-        return step.worker.count_ties(unit, self.bits)
-
-
-@dataclass(frozen=True)
-class SelectTensor:
-    """The exact thresholds of a tensor over its own elements."""
-
-    def __call__(self, step: MergeStep, tensor: str) -> tuple[Cuts, dict[tuple[int, str], int]]:
-        return step.worker.select(tensor, step.worker.plan.sizes[tensor])
-
-
-@dataclass(frozen=True)
-class StillThere:
-    """Whether a range that was written has the bytes it had then."""
-
-    def __call__(self, step: MergeStep, result: MergeResult) -> bool:
-        unit = result.unit
-        return block_digests(step.writer.read(unit.shard, unit.start, unit.stop)) == result.blocks
-
-
-def block_digests(content: memoryview) -> tuple[str, ...]:
-    """Digest of each 1 MiB block; `content` starts at a block."""
-    return tuple(digest(content[i : i + BLOCK_BYTES]) for i in range(0, len(content), BLOCK_BYTES))

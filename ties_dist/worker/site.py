@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ties_dist.compiler.native import KernelStore
 from ties_dist.inputs.opening import opener
+from ties_dist.output.folder import OutFolder
 from ties_dist.output.lock import Holder, RunLock
-from ties_dist.output.publish import OutFolder
+from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
-from ties_dist.planning.prepare import Resources
 from ties_dist.storage.local import LocalWriter
 from ties_dist.worker.matrices import Matrices
 from ties_dist.worker.merging import MergeStep, Worker
@@ -36,7 +36,7 @@ class Site:
         lock = RunLock(self.folder.state, me=self.holder)
         worker = Worker(
             self.plan,
-            opener(self.plan, self.resources.backend),
+            opener(self.plan.models, self.resources.backend, reread_bytes=self.plan.reread_bytes),
             self.resources.kernel,
             KernelStore(self.resources.kernel_cache),
             gpus,

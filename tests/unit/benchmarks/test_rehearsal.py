@@ -11,7 +11,7 @@ import pytest
 from benchmarks.rehearsal import DELTA_SCALES, DiscardingWriter, Pools, Stage, SynthesisingReader, merge, synthesise
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
 from ties_dist.errors import CheckpointError, OutputError
-from ties_dist.planning.prepare import Resources
+from ties_dist.planning.options import Resources
 
 TENSORS = {"b.weight": (300, 50), "a.norm.weight": (7,), "c.weight": (64, 64), "d.weight": (90, 90)}
 SHARD_BYTES = 40_000

@@ -28,10 +28,11 @@ from ties_dist.compiler import cuda
 from ties_dist.compiler.cuda import Gpus, compile_ptx, load_driver
 from ties_dist.compiler.fuse import fuse
 from ties_dist.compiler.kernel import MergeKernel
-from ties_dist.compiler.loop import DType, Loop
+from ties_dist.compiler.loop import Loop
 from ties_dist.compiler.native import compile_loop, load
 from ties_dist.compiler.slices import Slice
 from ties_dist.compiler.trace import trace
+from ties_dist.dtypes import DType
 from ties_dist.errors import PlanError
 from ties_dist.methods import Cut, Linear, Method, TaskArithmetic, Ties
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ties_dist.compiler.kernel import MergeKernel
-from ties_dist.compiler.loop import DType, literal
+from ties_dist.compiler.loop import literal
 from ties_dist.compiler.native import KernelStore
 from ties_dist.compiler.slices import Slice
 from ties_dist.compiler.trace import UntraceableError, trace
+from ties_dist.dtypes import DType
 from ties_dist.methods import Cut, Linear, Method, Ties
 from ties_dist.methods.base import State
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ties_dist.engine.scan import SAMPLE_ELEMENTS, SAMPLE_SLICES, sample_slices
 from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.sample import SAMPLE_ELEMENTS, SAMPLE_SLICES, sample_slices
 
 
 def plan_of(sizes: list[int]) -> MergePlan:

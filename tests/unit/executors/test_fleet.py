@@ -18,7 +18,7 @@ from ties_dist.executors.base import Ledger
 from ties_dist.executors.fleet import FleetExecutor, Pass
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Joined, Lost, Order, perform
-from ties_dist.planning.plan import Unit
+from ties_dist.values.items import WorkItem
 from ties_dist.worker.counting import Observation
 from ties_dist.worker.merging import MergeStep
 from ties_dist.worker.site import Site
@@ -45,8 +45,8 @@ def started(fleet: ThreadFleet, **options: Any) -> FleetExecutor:
     return executor
 
 
-def merged(executor: FleetExecutor, count: int) -> Counter[Unit]:
-    return Counter(r.unit for r in executor.map_unordered(cast(MergeStep, None), units(count), described))
+def merged(executor: FleetExecutor, count: int) -> Counter[WorkItem]:
+    return Counter(r.item for r in executor.map_unordered(cast(MergeStep, None), units(count), described))
 
 
 def test_what_a_killed_worker_had_is_done_by_others(fleet: ThreadFleet, step: CountingStep) -> None:
@@ -72,7 +72,7 @@ def test_a_unit_that_kills_every_worker_is_named_and_all_others_are_done(
     deaths: list[str] = []
 
     def kill(worker: str, order: Order) -> None:
-        if any(task.unit == poison for task in order.items):
+        if any(task.item == poison for task in order.items):
             deaths.append(worker)
             fleet.lose(worker)
 
@@ -82,7 +82,7 @@ def test_a_unit_that_kills_every_worker_is_named_and_all_others_are_done(
         UnitError, match=r"model.safetensors, bytes 7,340,032 to 8,388,608, failed 4 times, last on node"
     ):
         for result in started(fleet).map_unordered(cast(MergeStep, None), units(60), described):
-            results.append(result.unit)
+            results.append(result.item)
     assert len(deaths) == 4
     assert poison not in results
     assert len(results) == len(set(results))
@@ -94,8 +94,8 @@ def test_the_neighbours_of_a_poisonous_unit_are_not_blamed(fleet: ThreadFleet, s
 
     def kill(worker: str, order: Order) -> None:
         for task in order.items:
-            if fatal[task.unit] > 0:
-                fatal[task.unit] -= 1
+            if fatal[task.item] > 0:
+                fatal[task.item] -= 1
                 fleet.lose(worker)
                 return
 
@@ -196,7 +196,7 @@ def test_a_fold_that_fails_tells_nothing_of_its_order(fleet: ThreadFleet) -> Non
     failures = Counter({unit: 1 for unit in units(60)[::7]})
     lock = threading.Lock()
 
-    def fold(step: MergeStep, unit: Unit, into: Observation) -> None:
+    def fold(step: MergeStep, unit: WorkItem, into: Observation) -> None:
         CountingFold()(step, unit, into)
         with lock:
             failures[unit] -= 1
@@ -287,17 +287,17 @@ def test_merges_of_lost_workers_stay_unanswered_and_those_of_others_do_not(
 ) -> None:
     """What was written of them may reach the disk at any time."""
     monkeypatch.setattr("ties_dist.executors.fleet.ORDER_SECONDS", {"merge": 0.0})
-    lost: list[Unit] = []
+    lost: list[WorkItem] = []
 
     def kill(worker: str, order: Order) -> None:
         if order.number in (5, 9):
-            lost.extend(task.unit for task in order.items)
+            lost.extend(task.item for task in order.items)
             fleet.lose(worker)
 
     fleet.before = kill
     executor = started(fleet)
     assert merged(executor, 60) == Counter(units(60))
-    unanswered = {task.unit for tasks in executor.usage.unanswered.values() for task in tasks}
+    unanswered = {task.item for tasks in executor.usage.unanswered.values() for task in tasks}
     assert set(lost) <= unanswered
     assert len(executor.usage.unanswered) <= 4  # each of the two workers had two orders at most
 
@@ -337,7 +337,7 @@ def test_a_unit_that_takes_every_worker_along_is_named_though_nobody_blames_it(f
     poison = units(5)[2]
 
     def take_along(worker: str, order: Order) -> None:
-        if any(task.unit == poison for task in order.items):
+        if any(task.item == poison for task in order.items):
             fleet.lose(worker, blameless=True)
 
     fleet.before = take_along

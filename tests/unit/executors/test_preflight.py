@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from tests.conftest import Checkpoints, random_models
 from ties_dist.executors.preflight import Expectation, facts, preflight
+from ties_dist.output.folder import OutFolder
 from ties_dist.output.lock import Holder
-from ties_dist.output.publish import OutFolder
 from ties_dist.planning.prepare import prepare
 from ties_dist.worker.site import Site
 

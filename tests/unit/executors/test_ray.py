@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from ties_dist.cache import cache_folder
 from ties_dist.errors import ClusterError, PlanError, StoppedError
 from ties_dist.executors.base import Cluster
 from ties_dist.executors.ray import RayFleet, connect, job_client
-from ties_dist.statistics.counts import cache_folder
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265", "127.0.0.1:port"])

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.checkpoints.header import DTYPE_BITS, TensorEntry
+from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.dtypes import DTYPE_BITS
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.congruence import EqualCheck, MergeSet, OutputTensor, compare
 

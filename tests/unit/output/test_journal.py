@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 from ties_dist.errors import OutputError
 from ties_dist.output.journal import Journal, Record, pack, read_journals, unpack
-from ties_dist.planning.plan import Unit
+from ties_dist.storage.digests import digest
 from ties_dist.thresholds import KEEP_ALL, KEEP_NONE, ModelCut, TensorCut, Threshold
-from ties_dist.worker.merging import MergeResult, MergeTask
+from ties_dist.values.items import MergeResult, MergeTask, Range, WorkItem
 
 CUTS = (TensorCut(0x3A83126F, 7), TensorCut(0, 40))
 THRESHOLDS = (ModelCut(Threshold(0x3A83126F, 11, 3), "layers.1.weight", 5), ModelCut(KEEP_ALL), ModelCut(KEEP_NONE))
@@ -23,7 +24,7 @@ THRESHOLDS = (ModelCut(Threshold(0x3A83126F, 11, 3), "layers.1.weight", 5), Mode
 def result(start: int, stop: int, *, shard: str = "a", state: str = "s", block: str = "b") -> MergeResult:
     """start, stop: in MiB."""
     return MergeResult(
-        unit=Unit(shard, start << 20, stop << 20),
+        item=WorkItem((Range(shard, start << 20, stop << 20),)),
         state_digest=state,
         majority=-1,
         blocks=tuple(f"{block}{i}" for i in range(start, stop)),
@@ -167,7 +168,7 @@ def test_a_cut_from_the_journal_gives_the_state_digest_it_was_merged_with(tmp_pa
     record = read_journals(tmp_path)
 
     def state(cuts: tuple[TensorCut, ...]) -> str:
-        return MergeTask(unit=Unit("a", 0, 1), cuts={"w": cuts}, majority=1).state_digest
+        return MergeTask(item=WorkItem((Range("a", 0, 1),)), cuts={"w": cuts}, majority=1).state_digest
 
     assert state(record.cuts["w"]) == state(CUTS)
     for tensor in ("a", "layers.1.weight", "z"):
@@ -207,15 +208,44 @@ def test_an_older_result_that_a_newer_one_overlaps_does_not_count(newer: tuple[i
 def test_no_byte_is_counted_twice_and_the_newest_result_always_counts(ranges: list[tuple[int, int, str]]) -> None:
     results = [result(start, stop, shard=shard, block=str(i)) for i, (start, stop, shard) in enumerate(ranges)]
     chosen = Record().covering(results)
-    counted = [(r.unit.shard, mib) for r in chosen for mib in range(r.unit.start >> 20, r.unit.stop >> 20)]
+    counted = [
+        (r.item.ranges[0].file, mib)
+        for r in chosen
+        for mib in range(r.item.ranges[0].start >> 20, r.item.ranges[0].stop >> 20)
+    ]
     assert len(counted) == len(set(counted))
     assert results[-1:] == [r for r in chosen if r is results[-1]]
     for left in (r for r in results if r not in chosen):  # each was left out for a newer one
         later = results[results.index(left) + 1 :]
         assert any(
             r in chosen
-            and r.unit.shard == left.unit.shard
-            and r.unit.start < left.unit.stop
-            and left.unit.start < r.unit.stop
+            and r.item.ranges[0].file == left.item.ranges[0].file
+            and r.item.ranges[0].start < left.item.ranges[0].stop
+            and left.item.ranges[0].start < r.item.ranges[0].stop
             for r in later
         )
+
+
+def test_an_item_of_several_files_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
+    both = replace(
+        result(0, 2), item=WorkItem((Range("a", 0, 2 << 20), Range("b", 0, 1 << 20))), blocks=("a0", "a1", "b0")
+    )
+    newer = result(0, 1, shard="b", block="new")
+    apart = result(2, 3)
+    record = read_journals(journal(tmp_path, "0", both, apart).path.parent)
+    assert record.merged == [both, apart]
+    assert list(record.merged[0].by_range) == [
+        (Range("a", 0, 2 << 20), ("a0", "a1")),
+        (Range("b", 0, 1 << 20), ("b0",)),
+    ]
+    assert Record().covering([both, apart, newer]) == [apart, newer]  # its other range goes, too
+    assert Record().covering([newer, both, apart]) == [both, apart]
+
+
+def test_a_line_of_an_earlier_version_names_its_only_range_without_a_list(tmp_path: Path) -> None:
+    text = (
+        '{"kind":"merged","shard":"a","start":0,"stop":1048576,"state":"s","majority":1,"blocks":["x"],'
+        '"counts":{"w":[1]},"dependent":0}'
+    )
+    (tmp_path / "journal-0.jsonl").write_text(f"{digest(text.encode())[:16]} {text}\n")
+    assert read_journals(tmp_path).merged[0].item == WorkItem((Range("a", 0, 1 << 20),))

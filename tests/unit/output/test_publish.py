@@ -13,7 +13,8 @@ import ties_dist
 from tests.drills.jobs import late_majority, write_job
 from tests.loading import Version, standing, version_of
 from ties_dist.errors import LockedError, OutputError
-from ties_dist.output.publish import OutFolder, publish
+from ties_dist.output.folder import OutFolder
+from ties_dist.output.publish import publish
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import INDEX_NAME, Layout, TensorSpec, lay_out
 

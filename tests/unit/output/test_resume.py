@@ -24,12 +24,12 @@ from ties_dist.output import resume
 from ties_dist.output.journal import Journal, read_journals
 from ties_dist.output.lock import RunLock
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.plan import Unit
 from ties_dist.planning.prepare import prepare
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.local import LocalWriter, copy_sparse
 from ties_dist.thresholds import Histogram, Window
-from ties_dist.worker.merging import MergeResult, MergeTask, Worker
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem
+from ties_dist.worker.merging import Worker
 from ties_dist.worker.site import Site
 
 MIB = 1 << 20
@@ -47,7 +47,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every unit is journalled as soon as it is written; a small sample is enough, and does not tell the majority."""
     monkeypatch.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
     monkeypatch.setattr("ties_dist.engine.passes.COMMIT_SECONDS", -1.0)
-    monkeypatch.setattr("ties_dist.engine.scan.SAMPLE_SLICES", 16)
+    monkeypatch.setattr("ties_dist.planning.sample.SAMPLE_SLICES", 16)
 
 
 @contextmanager
@@ -218,8 +218,8 @@ def test_a_line_is_journalled_only_when_its_bytes_are_durable(
         durable.update(before)
 
     def adding(self: Journal, result: MergeResult) -> None:
-        assert (result.unit.shard, result.unit.start) in durable
-        journalled.append((result.unit.shard, result.unit.start))
+        assert (result.item.ranges[0].file, result.item.ranges[0].start) in durable
+        journalled.append((result.item.ranges[0].file, result.item.ranges[0].start))
         add(self, result)
 
     monkeypatch.setattr(LocalWriter, "write", writing)
@@ -236,8 +236,8 @@ def test_a_line_is_journalled_only_when_its_bytes_are_durable(
 def test_a_damaged_block_is_merged_again_and_it_alone(models: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:
     recipe, out = write_job(tmp_path, models), tmp_path / "out"
     journalled = interrupt(recipe, out, after=4)
-    unit = read_journals(part(out).parents[1]).merged[0].unit  # two threads: which ones are done is a matter of luck
-    flip_byte(part(out), unit.start + 17)
+    unit = read_journals(part(out).parents[1]).merged[0].item  # two threads: which ones are done is a matter of luck
+    flip_byte(part(out), unit.ranges[0].start + 17)
     report = merge(recipe, out)
     assert report.resumed_units == journalled - 1
     assert report.output_digest == digest(recipe)
@@ -279,14 +279,14 @@ def test_thresholds_of_a_stale_cache_do_not_outlive_the_run_that_took_them(
     for i in range(3):  # consistent in itself, but not of these models: every |delta| is 1.0
         wrong = Histogram(Window(0x3F80, 1))
         wrong.coarse[0x3F80] = wrong.fine[0] = plan.elements
-        store.save(store.key(plan, i), wrong)
+        store.save(store.key(plan.base, plan.experts[i], plan.sizes), wrong)
     interrupt(recipe, out, after=4, cache_dir=cache)
     report = merge(recipe, out, cache_dir=cache)
     assert report.mispredicted
     assert report.thresholds_from == "scan"
     assert report.output_digest == digest(recipe)
-    assert store.load(store.key(plan, 0), plan.elements) is not None  # mended, too
-    assert np.count_nonzero(store.load(store.key(plan, 0), plan.elements).coarse) > 1  # type: ignore[union-attr]
+    assert store.load(store.key(plan.base, plan.experts[0], plan.sizes), plan.elements) is not None  # mended, too
+    assert np.count_nonzero(store.load(store.key(plan.base, plan.experts[0], plan.sizes), plan.elements).coarse) > 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("after", [2, 8, 12])
@@ -382,19 +382,19 @@ def test_what_a_lost_worker_still_has_on_its_way_reaches_no_file_in_use(
 ) -> None:
     """Half of its write has arrived when the merge is done, half after the end; its guess has been corrected since."""
     recipe, out = write_job(tmp_path, models), tmp_path / "out"
-    units: list[Unit] = []
+    units: list[WorkItem] = []
     executors: list[LocalExecutor] = []
     late: list[int] = []
 
     def start(executor: LocalExecutor, site: Site) -> None:
         executors.append(executor)
-        units.extend(site.plan.units())
+        units.extend(site.plan.items())
 
     def arrive(*_: object) -> None:
-        task = MergeTask(unit=units[2], cuts={}, majority=1)
+        task = MergeTask(item=units[2], cuts={}, majority=1)
         executors[0].usage.unanswered[1] = (task,)
         late.append(os.open(part(out), os.O_WRONLY))
-        os.pwrite(late[0], b"merged with a guess that was wrong", units[2].start)
+        os.pwrite(late[0], b"merged with a guess that was wrong", units[2].ranges[0].start)
         if ends == "badly":
             raise OutputError("the disk is full.")
 
@@ -407,7 +407,7 @@ def test_what_a_lost_worker_still_has_on_its_way_reaches_no_file_in_use(
             with pytest.raises(OutputError, match=r"the disk is full\."):
                 merge(recipe, out)
     report = merge(recipe, out)
-    os.pwrite(late[0], b"merged with a guess that was wrong", units[2].start)
+    os.pwrite(late[0], b"merged with a guess that was wrong", units[2].ranges[0].start)
     os.close(late[0])
     assert report.already_done == (ends == "well")
     assert report.output_digest == digest(recipe)

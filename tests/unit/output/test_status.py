@@ -18,7 +18,7 @@ from ties_dist.errors import DamageError, OutputError
 from ties_dist.output.journal import Record, read_journals
 from ties_dist.output.lock import Holder, RunLock
 from ties_dist.output.status import describe, status
-from ties_dist.planning.prepare import Resources
+from ties_dist.planning.options import Resources
 from ties_dist.progress import LogProgress
 
 

@@ -10,10 +10,13 @@ import torch
 from safetensors import safe_open
 
 from ties_dist.errors import PlanError
+from ties_dist.messages import readable
 from ties_dist.methods import Linear, Ties
 from ties_dist.planning.layout import INDEX_NAME, TensorSpec, lay_out
-from ties_dist.planning.plan import cut, fit_unit_bytes, gaps, readable
+from ties_dist.planning.memory import fit_unit_bytes
+from ties_dist.planning.plan import cut, gaps
 from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.values.items import Range, WorkItem
 
 
 def spec(name: str, *shape: int, dtype: str = "F32") -> TensorSpec:
@@ -107,3 +110,13 @@ def test_a_budget_too_small_says_what_would_do() -> None:
 
 def test_sizes_read_as_a_person_writes_them() -> None:
     assert [readable(n) for n in (0, 1023, 1536, 2 << 30, 3 << 40)] == ["0B", "1023B", "1.5KiB", "2GiB", "3TiB"]
+
+
+def test_the_slices_of_an_item_lie_behind_each_other_in_its_buffer() -> None:
+    layout = lay_out([spec("a", 4), spec("b", 3)], {"a": "x.safetensors", "b": "y.safetensors"})
+    first, second = layout.shards
+    item = WorkItem((Range(first.name, 0, first.size), Range(second.name, 4096, second.size)))
+    assert [(s.tensor.name, s.start, s.stop, at) for s, at in layout.placed(item)] == [
+        ("a", 0, 4, 4096),
+        ("b", 0, 3, first.size),
+    ]

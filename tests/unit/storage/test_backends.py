@@ -151,7 +151,7 @@ def evict_models(job: Job, *names: str) -> None:
 def test_each_model_is_read_by_its_own_choice_and_that_is_said_once(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     evict_models(job, "base", "expert-1")
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        open_input = opener(job.plan, job.resources.backend)
+        open_input = opener(job.plan.models, job.resources.backend, reread_bytes=job.plan.reread_bytes)
         opened = [open_input(model) for model in (*job.plan.models, job.plan.base)]
     assert [type(reader) for reader in opened] == [DirectReader, MappedReader, DirectReader, DirectReader]
     said = [re.sub(r"\d %", "N %", record.getMessage()) for record in caplog.records]
@@ -193,12 +193,26 @@ def test_a_merge_that_reads_twice_in_short_order_is_mapped(
     models = random_models({"w": (64, 64)}, experts=1)
     twice = prepare(merge_job(models, parameters={"density": 0.2, "weight": 1.0}), semantics="mergekit")
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        assert type(opener(twice.plan, twice.resources.backend)(twice.plan.base)) is MappedReader
+        assert (
+            type(
+                opener(twice.plan.models, twice.resources.backend, reread_bytes=twice.plan.reread_bytes)(
+                    twice.plan.base
+                )
+            )
+            is MappedReader
+        )
     assert "reads: 'base' by memory map (it is read twice, the second time from the page cache)" in caplog.text
 
 
 def test_of_small_models_nothing_is_said(merge_job: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     small = prepare(merge_job(random_models({"w": (8, 8)}, experts=1)))
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        assert type(opener(small.plan, small.resources.backend)(small.plan.base)) is MappedReader
+        assert (
+            type(
+                opener(small.plan.models, small.resources.backend, reread_bytes=small.plan.reread_bytes)(
+                    small.plan.base
+                )
+            )
+            is MappedReader
+        )
     assert caplog.text == ""

@@ -1,0 +1,97 @@
+"""The memory that a worker process will need, and the largest units that fit a budget. Pure: it opens no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ties_dist.dtypes import ITEM_BYTES
+from ties_dist.errors import PlanError
+from ties_dist.messages import readable
+from ties_dist.methods.base import Method
+from ties_dist.planning.layout import TensorSpec
+from ties_dist.planning.plan import Matrix
+from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.values.inputs import Input
+
+DEFAULT_UNIT_BYTES = 8 << 20
+"""Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M (facts.md)."""
+UNITS_AROUND = 4
+"""Being read ahead (2) and written behind (2) those that are computed, one per thread."""
+PROCESS_BYTES = 480 << 20
+"""Resident set of a worker before any unit: Python, torch, numba and their libraries."""
+GPU_BYTES = 512 << 20
+"""What the driver adds to a process that uses GPUs: an allowance, not yet measured."""
+SOLVER_BYTES = 192 << 20
+"""What numba adds to a process that compiles the solver for the first time, and malloc keeps of freed matrices."""
+EAGER_TEMPORARIES = 12
+"""Float32 temporaries per operand and element of an eager block."""
+
+
+def fit_unit_bytes(
+    *,
+    asked: int | None,
+    budget: int,
+    threads: int,
+    units: int,
+    outputs: int,
+    method: Method,
+    tensors: Sequence[TensorSpec],
+    operands: Sequence[Input],
+) -> tuple[int, int]:
+    """WorkItem size and the buffers' projected peak, in bytes. Raises PlanError where the budget is too small.
+
+    asked: the user's unit size, or None for the largest of 8, 4, 2, 1 MiB that fits. units: how many are under way,
+    each with `outputs` results.
+    """
+    if asked is not None and asked < BLOCK_BYTES:
+        raise PlanError(
+            f"--unit-size {readable(asked)} is too small: cuts are at multiples of 1MiB. Give 1MiB or more."
+        )
+    # Widest ratio of bytes read to bytes written over the merged tensors, for all operands together.
+    ratio = max(
+        (
+            sum(ITEM_BYTES[m.tensors[t.source].dtype] for m in operands) / ITEM_BYTES[t.dtype]
+            for t in tensors if t.merged
+        ),
+        default=1.0,
+    )  # fmt: skip
+    sizes = [asked // BLOCK_BYTES * BLOCK_BYTES] if asked else [DEFAULT_UNIT_BYTES >> i for i in range(4)]
+    fixed = statistics_bytes(method, len(operands), threads) + 4 * EAGER_TEMPORARIES * len(operands) * (1 << 15)
+    for unit_bytes in sizes:
+        buffers = int(units * unit_bytes * (outputs + ratio)) + fixed
+        if buffers <= budget:
+            return unit_bytes, buffers
+    raise PlanError(
+        f"--memory-budget {readable(budget)} is too small: units of {readable(unit_bytes)} need {readable(buffers)} of "
+        f"buffers ({len(operands)} inputs, {threads} threads). Raise --memory-budget (it is per worker process) to at "
+        f"least {readable(_whole_mebibytes(buffers))}"
+        + (", or give a smaller --unit-size." if asked and asked > BLOCK_BYTES else ".")
+    )
+
+
+def fit_matrices(matrices: Mapping[str, Matrix], *, budget: int, threads: int, buffers: int) -> tuple[int, int]:
+    """How many matrices are merged at once, and the projected peak with them, in bytes. Raises PlanError.
+
+    They are merged before the units are: the buffers of these stay allocated only later.
+    """
+    if not matrices:
+        return 1, buffers
+    name, largest = max(matrices.items(), key=lambda item: item[1].work_bytes)
+    if largest.work_bytes > budget:
+        raise PlanError(
+            f"'{name}' ({largest.outputs:,} x {largest.inputs:,}) is merged whole and needs "
+            f"{readable(largest.work_bytes)} per worker in float64; --memory-budget is {readable(budget)}. Raise "
+            f"--memory-budget (it is per worker process) to at least {readable(_whole_mebibytes(largest.work_bytes))}, "
+            "or list the tensor under `exclude`."
+        )
+    solvers = max(1, min(threads, budget // largest.work_bytes))
+    return solvers, max(buffers, solvers * largest.work_bytes) + SOLVER_BYTES
+
+
+def _whole_mebibytes(size: int) -> int:
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def statistics_bytes(method: Method, operands: int, threads: int) -> int:
+    """Histograms of a scan: per thread and expert a coarse one and four fine windows, and the driver's sum."""
+    return 0 if method.trim is None else (threads + 2) * operands * 8 * ((1 << 15) + 4 * (1 << 16))

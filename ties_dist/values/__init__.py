@@ -1,0 +1,1 @@
+"""Plain values that travel between processes and layers."""

@@ -1,0 +1,108 @@
+"""What travels between a driver and its workers: pieces of work, and what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.storage.digests import digest
+from ties_dist.thresholds import Cuts
+
+
+class Range(NamedTuple):
+    """Bytes [start, stop) of one output file; bounds are multiples of 1 MiB but for the file's end."""
+
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def blocks(self) -> int:
+        """Of 1 MiB, the last of a file may be shorter."""
+        return -(-self.nbytes // BLOCK_BYTES)
+
+
+class WorkItem(NamedTuple):
+    """A unit of work: byte ranges, possibly of several output files, that one worker writes together.
+
+    A plain model has one range per item. An encoded block and its scale, or a bucket's part, is one item of several.
+    """
+
+    ranges: tuple[Range, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.ranges)
+
+    @property
+    def file(self) -> str:
+        """The one it is near to, for those that hand out work."""
+        return self.ranges[0].file
+
+    def __str__(self) -> str:
+        return " and ".join(f"{r.file}, bytes {r.start:,} to {r.stop:,}" for r in self.ranges)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeTask:
+    """One item and the state it is merged with: cuts by source tensor, and the sign of exact cancellations."""
+
+    item: WorkItem
+    cuts: Mapping[str, Cuts]
+    majority: int
+
+    @cached_property
+    def state_digest(self) -> str:
+        """Digest of the thresholds alone; the majority sign stands beside it in the journal."""
+        return digest(repr(sorted(self.cuts.items())).encode())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeResult:
+    """An item whose bytes are written, not yet durable.
+
+    blocks: digest of each 1 MiB block that the item covers, range after range. counts: per source tensor, in the order
+    of `MergePlan.counter_names`. dependent: entries that depend on the majority sign; sign_sum: of elected signs.
+    """
+
+    item: WorkItem
+    state_digest: str
+    majority: int
+    blocks: tuple[str, ...]
+    counts: Mapping[str, tuple[int, ...]]
+    dependent: int
+    sign_sum: int = 0
+
+    @property
+    def by_range(self) -> Iterator[tuple[Range, tuple[str, ...]]]:
+        """Each range with the digests of its blocks."""
+        first = 0
+        for each in self.item.ranges:
+            yield each, self.blocks[first : first + each.blocks]
+            first += each.blocks
+
+
+def as_item(kept: Sequence[Sequence[Sequence[Any]]]) -> WorkItem:
+    """From what JSON makes of one: [[[file, start, stop], ...]]."""
+    (ranges,) = kept
+    return WorkItem(tuple(Range(str(file), int(start), int(stop)) for file, start, stop in ranges))
+
+
+def blocks_by_file(results: Iterable[MergeResult]) -> dict[str, list[str]]:
+    """Digests of the blocks of every output file, in file order, where the results cover each byte once."""
+    blocks: dict[str, list[str]] = {}
+    for each, digests in sorted(part for result in results for part in result.by_range):
+        blocks.setdefault(each.file, []).extend(digests)
+    return blocks
+
+
+def output_files(items: Iterable[WorkItem]) -> list[str]:
+    """The output files that some items touch, sorted."""
+    return sorted({each.file for item in items for each in item.ranges})
