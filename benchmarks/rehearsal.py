@@ -34,6 +34,7 @@ from benchmarks.measure import run as measured_run
 from benchmarks.shapes import INDEX, SHAPES, Shape, assign_shards, header, index, name_shards
 from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.checkpoints.catalogue import open_checkpoint
+from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.cli.commands import SIZE
 from ties_dist.compiler.native import KernelStore
 from ties_dist.engine.passes import Forgetful, Passes
@@ -296,7 +297,9 @@ class Stage:
 
     def passes(self, plan: MergePlan, speculate: bool | None = None) -> Passes:
         kernels = KernelStore(cache_folder(None) / KERNELS)
-        worker = Worker(plan, lambda model: self.readers[Path(model.path)], self.resources.kernel, kernels)
+        worker = Worker(
+            plan, lambda model: OpenFiles((self.readers[Path(model.path)],)), self.resources.kernel, kernels
+        )
         return Passes(
             plan=plan,
             step=MergeStep(worker, DiscardingWriter()),

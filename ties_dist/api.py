@@ -15,7 +15,6 @@ import numpy as np
 
 from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.compiler.kernel import KernelKind
-from ties_dist.dtypes import ITEM_BYTES
 from ties_dist.engine.run import run
 from ties_dist.executors.base import Cluster, Executor
 from ties_dist.executors.local import LocalExecutor
@@ -30,6 +29,7 @@ from ties_dist.progress import LogProgress, Progress
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
 from ties_dist.thresholds import predict
+from ties_dist.values.views import read_bytes
 from ties_dist.worker.merging import Worker
 
 if TYPE_CHECKING:
@@ -266,11 +266,7 @@ def _guess_bytes(chosen: MergePlan) -> int:
     if chosen.method.trim is None or chosen.method.trim.scope == "tensor":
         return 0
     models = (chosen.base, *chosen.experts)
-    return sum(
-        (stop - start) * ITEM_BYTES[m.tensors[name].dtype]
-        for name, start, stop in sample_slices(chosen)[0]
-        for m in models
-    )
+    return sum(read_bytes(m.views[name], start, stop) for name, start, stop in sample_slices(chosen)[0] for m in models)
 
 
 def _holds(out: Path, chosen: MergePlan) -> str:
@@ -322,9 +318,10 @@ def _predict_seconds(chosen: MergePlan, worker: Worker) -> float:
     began, read = time.monotonic(), worker.requested_bytes
     for segment in worker.segments(unit):
         for model in worker.operands if segment.tensor.merged else [worker.base]:
-            span = model.read(segment.tensor.source, segment.start, segment.stop)
-            np.frombuffer(span.view, dtype=np.uint8).max()
-            span.release()
+            operand = model.read(segment.tensor.source, segment.start, segment.stop)
+            if isinstance(operand.content, memoryview):
+                np.frombuffer(operand.content, dtype=np.uint8).max()
+            operand.release()
     rate = (worker.requested_bytes - read) / max(time.monotonic() - began, 1e-6)
     likely = 1 if chosen.method.trim is None else 2
     return (likely * chosen.input_bytes + chosen.layout.total_bytes) / rate

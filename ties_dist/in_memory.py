@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.checkpoints.catalogue import Checkpoint
+from ties_dist.checkpoints.forms.known import parameters_of
 from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.compiler.kernel import KernelKind
 from ties_dist.compiler.native import KernelStore
 from ties_dist.dtypes import TORCH_NAMES, torch_dtype
@@ -65,7 +67,7 @@ def merge_state_dicts(
     opened = [_in_memory(name, tensors) for name, tensors in zip(("base", *names, "elect_from"), parts, strict=False)]
     job = assemble(recipe, opened, [str(i) for i in range(len(opened))], Resources(threads=threads, kernel=kernel))
     readers = {
-        m.path: c.reader for m, c in zip((job.plan.base, *job.plan.experts, *job.plan.extras), opened, strict=True)
+        m.path: c.opened for m, c in zip((job.plan.base, *job.plan.experts, *job.plan.extras), opened, strict=True)
     }
     writer = MemoryWriter()
     for shard in job.plan.layout.shards:
@@ -107,10 +109,11 @@ def _in_memory(name: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
         )
     return Checkpoint(
         name=name,
-        reader=MemoryReader(files),
+        opened=OpenFiles((MemoryReader(files),)),
         shards=("memory",),
         files={},
         tensors=entries,
+        parameters=parameters_of(entries),
         config=None,
         metadata={},
         index_file=None,

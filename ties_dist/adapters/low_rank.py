@@ -1,172 +1,208 @@
-"""The bytes of an adapted model: the base's, or computed when they are read, slice by slice, in float32."""
+"""Views of an adapted model: the base's elements, changed where they are decoded, in float32.
+
+Nothing adapted is ever stored, and nothing wider than the base's own bytes is held: a few thousand elements at a time
+are widened and changed inside the kernel call. Every sum runs in one fixed order (`kernels.low_rank`).
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ties_dist.checkpoints.header import TensorEntry
-from ties_dist.compiler.slices import widened
-from ties_dist.dtypes import TYPES
-from ties_dist.errors import CheckpointError
-from ties_dist.storage.base import Reader, Span
+from ties_dist.checkpoints.forms.plain import Stored
+from ties_dist.compiler.slices import decoded
+from ties_dist.dtypes import ITEM_BYTES, DType
 from ties_dist.storage.memory import MemorySpan
+from ties_dist.values.views import Files, Operand, Piece, View
 
-VIRTUAL = "adapted/"
-"""Before a tensor's name: a file that is computed. No file of a checkpoint has a slash in its name."""
-SCALED = VIRTUAL
-"""The same, of an adapter's own tensors, times what its scaling gives each."""
-CONSTANT = "constant/"
-"""Before a dtype and a number: a file of any length that repeats it."""
-BESIDE = "adapter/"
-"""Before the name of a file in the adapter's folder."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 NORM_ITEMS = 1 << 22
 """Elements read at a time where whole rows are needed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factor:
+    """One of an adapter's small matrices, read whole or by rows."""
+
+    view: View
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape))
+
+    def read(self, files: Files, low: int = 0, high: int | None = None) -> np.ndarray:
+        """Rows [low, high) as float32, a copy."""
+        width = self.numel // max(1, self.shape[0])
+        rows = self.shape[0] if high is None else high
+        operand = self.view.read(files, low * width, rows * width)
+        try:
+            return decoded(operand, 0, (rows - low) * width).reshape(rows - low, *self.shape[1:])
+        finally:
+            operand.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Elements of a view's target that are changed where they are decoded. change: in place, from the first on."""
+
+    target: Operand
+    change: Callable[[np.ndarray, int], None]
+
+    @property
+    def type(self) -> DType:
+        return "float32"
+
+    @property
+    def content(self) -> Changed:
+        return self
+
+    def decode(self, low: int, high: int) -> np.ndarray:
+        values = decoded(self.target, low, high)
+        self.change(values, low)
+        return values
+
+    def release(self) -> None:
+        self.target.release()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
     """W + scaling * B A, or its transpose where `turned`; with a magnitude, its outputs rescaled to that norm (DoRA).
 
-    target: what is adapted, in the base's files or the adapter's. a: (r, in), b: (out, r); magnitude: (out,).
+    target: W, of this shape. a: (r, in), b: (out, r); magnitude: (out,).
     """
 
-    target: TensorEntry
-    a: TensorEntry
-    b: TensorEntry
+    target: View
+    shape: tuple[int, int]
+    a: Factor
+    b: Factor
     turned: bool
     scaling: float
-    magnitude: TensorEntry | None = None
+    magnitude: Factor | None = None
+    dtype: str = "F32"
+    grain: int = 1
 
+    def pieces(self, start: int, stop: int) -> Sequence[Piece]:
+        factors = [self.a, self.b, *([self.magnitude] if self.magnitude is not None else [])]
+        return [*self.target.pieces(start, stop), *(p for f in factors for p in f.view.pieces(0, f.numel))]
 
-@dataclass(frozen=True, kw_only=True)
-class Scaled:
-    """W times a factor of each row, or of each column. by_output: the factors are of the layer's outputs."""
-
-    target: TensorEntry
-    factors: TensorEntry
-    by_row: bool
-    by_output: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Multiple:
-    """W times one number."""
-
-    target: TensorEntry
-    factor: float
-
-
-Change = LowRank | Scaled | Multiple
-
-
-@dataclass
-class AdaptedReader:
-    """A `Reader` over base and adapter. changes: by tensor, whose bytes are those of the file VIRTUAL + tensor."""
-
-    base: Reader
-    adapter: Reader
-    changes: Mapping[str, Change]
-    _norms: dict[str, np.ndarray] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def names(self) -> Sequence[str]:
-        return self.base.names()
-
-    def size(self, name: str) -> int:
-        if name.startswith(VIRTUAL):
-            return 4 * self.changes[name.removeprefix(VIRTUAL)].target.numel
-        reader, name = self._place(name)
-        return reader.size(name)
-
-    def read(self, name: str, start: int, stop: int) -> Span:
-        if name.startswith(CONSTANT):
-            return MemorySpan(view=_repeated(name, start, stop))
-        if not name.startswith(VIRTUAL):
-            reader, name = self._place(name)
-            return reader.read(name, start, stop)
-        tensor = name.removeprefix(VIRTUAL)
-        if tensor not in self.changes:
-            raise FileNotFoundError(name)
-        change, first, last = self.changes[tensor], start // 4, stop // 4
-        if last > change.target.numel:
-            raise CheckpointError(f"{tensor} has {change.target.numel:,} elements where {last:,} are expected.")
-        # Bytes between elements are never asked for by a merge; a reader may be.
-        values = self._values(tensor, change, first, -(-stop // 4))
-        return MemorySpan(view=values.data.cast("B")[start - 4 * first : stop - 4 * first])
-
-    def _place(self, name: str) -> tuple[Reader, str]:
-        return (self.adapter, name.removeprefix(BESIDE)) if name.startswith(BESIDE) else (self.base, name)
-
-    def _values(self, tensor: str, change: Change, first: int, last: int) -> np.ndarray:
-        """Elements [first, last) of a tensor as adapted, float32."""
-        if isinstance(change, Multiple):
-            return self._elements(change.target, first, last) * np.float32(change.factor)
+    def read(self, files: Files, start: int, stop: int) -> Operand:
+        added = self._added(files, start, stop)
+        if self.magnitude is None:
+            return added
         from ties_dist.kernels.low_rank import scale  # numba takes half a second to import
 
-        if isinstance(change, Scaled):
-            values = self._elements(change.target, first, last)
-            scale(values, first, change.target.shape[-1], self._whole(change.factors).reshape(-1), change.by_row)
-            return values
-        values = self._sum(change, first, last)
-        if change.magnitude is not None:
-            factors = self._whole(change.magnitude).reshape(-1) / self._norm(tensor, change)
-            scale(values, first, change.target.shape[1], factors, not change.turned)
-        return values
+        factors = self.magnitude.read(files).reshape(-1) / files.kept(self, partial(self._norm, files))
+        columns, by_row = self.shape[1], not self.turned
 
-    def _sum(self, change: LowRank, first: int, last: int) -> np.ndarray:
+        def rescale(values: np.ndarray, low: int) -> None:
+            scale(values, start + low, columns, factors, by_row)
+
+        return Changed(added, rescale)
+
+    def _added(self, files: Files, start: int, stop: int) -> Operand:
         """W + scaling * B A."""
         from ties_dist.kernels.low_rank import add_product
 
-        values, columns = self._elements(change.target, first, last), change.target.shape[1]
-        low, high = first // columns, -(-last // columns)
-        if change.turned:
-            left = np.ascontiguousarray(self._whole(change.a)[:, low:high].T)
-            right = np.ascontiguousarray(self._whole(change.b).T)
+        columns = self.shape[1]
+        first, last = start // columns, -(-stop // columns)
+        if self.turned:
+            left = np.ascontiguousarray(self.a.read(files)[:, first:last].T)
+            right = np.ascontiguousarray(self.b.read(files).T)
         else:
-            rank = change.b.shape[1]
-            left = self._elements(change.b, low * rank, high * rank, self.adapter).reshape(-1, rank)
-            right = self._whole(change.a)
-        add_product(values, first, columns, left, right, low, np.float32(change.scaling))
-        return values
+            left, right = self.b.read(files, first, last), self.a.read(files)
+        scaling = np.float32(self.scaling)
 
-    def _norm(self, tensor: str, change: LowRank) -> np.ndarray:
+        def add(values: np.ndarray, low: int) -> None:
+            add_product(values, start + low, columns, left, right, first, scaling)
+
+        return Changed(self.target.read(files, start, stop), add)
+
+    def _norm(self, files: Files) -> np.ndarray:
         """(out,) float32, L2 norms of W + scaling * B A over the inputs: one read of the tensor, the first time."""
         from ties_dist.kernels.low_rank import add_squares
 
-        with self._lock:
-            if tensor not in self._norms:
-                rows, columns = change.target.shape
-                sums = np.zeros(columns if change.turned else rows)
-                step = max(1, NORM_ITEMS // columns)
-                for row in range(0, rows, step):
-                    end = min(rows, row + step)
-                    values = self._sum(change, row * columns, end * columns)
-                    into = sums if change.turned else sums[row:end]
-                    add_squares(values, columns, into, not change.turned)
-                self._norms[tensor] = np.sqrt(sums).astype(np.float32)
-            return self._norms[tensor]
-
-    def _whole(self, entry: TensorEntry) -> np.ndarray:
-        return self._elements(entry, 0, entry.numel, self.adapter).reshape(entry.shape)
-
-    def _elements(self, entry: TensorEntry, first: int, last: int, reader: Reader | None = None) -> np.ndarray:
-        """Elements [first, last) of a stored tensor, float32, a copy. reader: whose file it is, if not by its name."""
-        item = entry.nbytes // max(1, entry.numel)
-        place, file = (reader, entry.file) if reader is not None else self._place(entry.file)
-        span = place.read(file, entry.start + first * item, entry.start + last * item)
-        try:
-            return np.array(widened(span.view, TYPES[entry.dtype]))
-        finally:
-            span.release()
+        rows, columns = self.shape
+        sums = np.zeros(columns if self.turned else rows)
+        step = max(1, NORM_ITEMS // columns)
+        for row in range(0, rows, step):
+            end = min(rows, row + step)
+            operand = self._added(files, row * columns, end * columns)
+            try:
+                values = decoded(operand, 0, (end - row) * columns)
+            finally:
+                operand.release()
+            add_squares(values, columns, sums if self.turned else sums[row:end], not self.turned)
+        return np.sqrt(sums).astype(np.float32)
 
 
-def _repeated(name: str, start: int, stop: int) -> memoryview:
-    dtype, value = name.removeprefix(CONSTANT).split("/")
-    raw = np.float32(value).tobytes() if dtype == "F32" else np.float16(value).tobytes()
-    raw = np.float32(value).tobytes()[2:] if dtype == "BF16" else raw  # numpy has no bfloat16: the upper half
-    repeated = np.frombuffer(raw * (-(-stop // len(raw)) - start // len(raw)), np.uint8)
-    return repeated.data[start % len(raw) :][: stop - start]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaled:
+    """W times a factor of each row, or of each column. by_output: the factors are of the layer's outputs."""
+
+    target: View
+    columns: int
+    factors: Factor
+    by_row: bool
+    by_output: bool
+    dtype: str = "F32"
+    grain: int = 1
+
+    def pieces(self, start: int, stop: int) -> Sequence[Piece]:
+        return [*self.target.pieces(start, stop), *self.factors.view.pieces(0, self.factors.numel)]
+
+    def read(self, files: Files, start: int, stop: int) -> Operand:
+        from ties_dist.kernels.low_rank import scale  # numba takes half a second to import
+
+        factors = self.factors.read(files).reshape(-1)
+
+        def rescale(values: np.ndarray, low: int) -> None:
+            scale(values, start + low, self.columns, factors, self.by_row)
+
+        return Changed(self.target.read(files, start, stop), rescale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Multiple:
+    """W times one number."""
+
+    target: View
+    factor: float
+    dtype: str = "F32"
+    grain: int = 1
+
+    def pieces(self, start: int, stop: int) -> Sequence[Piece]:
+        return self.target.pieces(start, stop)
+
+    def read(self, files: Files, start: int, stop: int) -> Operand:
+        factor = np.float32(self.factor)
+
+        def multiply(values: np.ndarray, low: int) -> None:
+            values *= factor
+
+        return Changed(self.target.read(files, start, stop), multiply)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constant:
+    """One number, everywhere."""
+
+    value: float
+    dtype: str
+    grain: int = 1
+
+    def pieces(self, start: int, stop: int) -> Sequence[Piece]:
+        return ()
+
+    def read(self, files: Files, start: int, stop: int) -> Operand:
+        raw = np.float32(self.value).tobytes() if self.dtype == "F32" else np.float16(self.value).tobytes()
+        raw = np.float32(self.value).tobytes()[2:] if self.dtype == "BF16" else raw  # numpy has none: the upper half
+        assert len(raw) == ITEM_BYTES[self.dtype]
+        return Stored(MemorySpan(view=memoryview(raw * (stop - start))), self.dtype)

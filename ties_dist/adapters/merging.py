@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ties_dist.adapters.low_rank import CONSTANT, SCALED, AdaptedReader, Multiple
+from ties_dist.adapters.low_rank import Constant, Multiple
 from ties_dist.adapters.peft import LORA_A, LORA_B, PREFIX, Adapter, owner, part_of, scaling
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.checkpoints.parameters import Parameter
 from ties_dist.dtypes import TYPES
 from ties_dist.errors import CheckpointError
 from ties_dist.messages import listing, show
@@ -34,11 +34,11 @@ _HOW = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 def open_alone(adapter: Adapter, name: str) -> Checkpoint:
     """An adapter as the catalogue of its own tensors, by the names that peft gives them today.
 
-    Its reader computes `SCALED` + tensor, too. Raises CheckpointError where it cannot be merged by itself.
+    Raises CheckpointError where it cannot be merged by itself.
     """
     problems = ["it is a DoRA: magnitudes are no deltas"] if adapter.config.get("use_dora") else []
-    tensors: dict[str, TensorEntry] = {}
-    for entry in adapter.tensors.tensors.values():
+    parameters: dict[str, Parameter] = {}
+    for entry in adapter.tensors.parameters.values():
         known = part_of(entry.name)
         if known is None:
             problems.append(f"{show(entry.name)} is a weight of the model (modules_to_save, bias)")
@@ -53,24 +53,20 @@ def open_alone(adapter: Adapter, name: str) -> Checkpoint:
         if entry.dtype not in TYPES:
             problems.append(f"{show(entry.name)} is {entry.dtype}; only F32, F16 and BF16 are merged")
         today = f"{PREFIX}{module}.{part}" + (".weight" if part in ("lora_A", "lora_B") else "")
-        if today in tensors:
+        if today in parameters:
             problems.append(f"{show(entry.name)}: there are two of it")
-        tensors[today] = replace(entry, name=today)
-    there = {part_of(name) for name in tensors}
+        parameters[today] = replace(entry, name=today)
+    there = {part_of(name) for name in parameters}
     for module, part in sorted(filter(None, there)):
         if part in _PARTNER and (module, _PARTNER[part]) not in there:
             problems.append(f"{show(module)} has {part} and no {_PARTNER[part]}")
-    if not tensors and not problems:
+    if not parameters and not problems:
         problems.append("it has no tensors")
     if problems:
         advice = "Merge it into a model instead: name a `base_model` and leave out `output: adapter`."
         title = f"adapter '{name}' ({adapter.path}) cannot be merged into an adapter:"
         raise CheckpointError(listing(title, problems, advice))
-    stored = adapter.tensors.reader
-    config = dict(adapter.config)
-    changes = {t: Multiple(target=e, factor=_factor(config, e)) for t, e in tensors.items()}
-    reader = AdaptedReader(stored, stored, changes)
-    return replace(adapter.tensors, name=name, tensors=tensors, reader=reader, config=config, notes=())
+    return replace(adapter.tensors, name=name, parameters=parameters, config=dict(adapter.config), notes=())
 
 
 def align(opened: Sequence[Checkpoint], experts: int) -> list[Checkpoint]:
@@ -83,26 +79,27 @@ def align(opened: Sequence[Checkpoint], experts: int) -> list[Checkpoint]:
     _refuse(opened)
     constant = 1.0 if _config(opened[0])["peft_type"] == "IA3" else 0.0
     scaled = _common_scaling(merged) is None
-    tensors: dict[str, list[TensorEntry]] = {}
+    found: dict[str, list[Parameter]] = {}
     for one in merged:
-        for name, entry in one.tensors.items():
-            tensors.setdefault(name, []).append(entry)
-    base: dict[str, TensorEntry] = {}
-    for name, entries in tensors.items():
+        for name, parameter in one.parameters.items():
+            found.setdefault(name, []).append(parameter)
+    base: dict[str, Parameter] = {}
+    for name, entries in found.items():
         dtypes = {entry.dtype for entry in entries}
         base[name] = _constant(entries[0], dtypes.pop() if len(dtypes) == 1 else "F32", constant)
-    found = []
+    aligned = []
     for one in opened:
-        whole = {n: _brought(one.tensors[n], scaled) if n in one.tensors else base[n] for n in base}
-        lacking = sum(n not in one.tensors for n in base)
+        own = one.parameters
+        whole = {n: _brought(_config(one), own[n], scaled) if n in own else base[n] for n in base}
+        lacking = sum(n not in own for n in base)
         notes = [f"'{one.name}' has nothing for {lacking} of {len(base)} tensors; it changes nothing there"]
-        found.append(replace(one, tensors=whole, notes=tuple(notes if lacking else ())))
+        aligned.append(replace(one, parameters=whole, notes=tuple(notes if lacking else ())))
     bases = sorted({str(_config(one).get("base_model_name_or_path")) for one in merged})
     said = [f"the adapters name different bases: {', '.join(bases)}; merge only adapters of one"]
     # What the counts of a cache belong to, whose thresholds are of scaled tensors or of stored ones.
     name = f"{constant:g}" + (", adapters scaled" if scaled else "")
-    first = replace(opened[0], name=name, tensors=base, notes=tuple(said if len(bases) > 1 else ()))
-    return [first, *found]
+    first = replace(opened[0], name=name, parameters=base, notes=tuple(said if len(bases) > 1 else ()))
+    return [first, *aligned]
 
 
 def on_factors(numbers: TensorNumbers, tensor: str) -> TensorNumbers:
@@ -146,7 +143,7 @@ def _refuse(opened: Sequence[Checkpoint]) -> None:
     kinds = {one.name: _config(one)["peft_type"] for one in opened}
     if len(set(kinds.values())) > 1:
         problems.append(f"different kinds: {', '.join(f'{name} is {kind}' for name, kind in kinds.items())}")
-    shapes: dict[str, tuple[Checkpoint, TensorEntry]] = {}
+    shapes: dict[str, tuple[Checkpoint, Parameter]] = {}
     for one in opened:
         for entry, module, part in _parts([one]):
             first, other = shapes.setdefault(entry.name, (one, entry))
@@ -159,10 +156,10 @@ def _refuse(opened: Sequence[Checkpoint]) -> None:
         raise CheckpointError(listing("these adapters cannot be merged into one adapter:", problems, advice))
 
 
-def _parts(opened: Sequence[Checkpoint]) -> Iterator[tuple[TensorEntry, str, str]]:
+def _parts(opened: Sequence[Checkpoint]) -> Iterator[tuple[Parameter, str, str]]:
     """Each tensor with its module and part."""
     for one in opened:
-        for entry in one.tensors.values():
+        for entry in one.parameters.values():
             if (known := part_of(entry.name)) is not None:
                 yield entry, *known
 
@@ -188,18 +185,19 @@ def _settings(one: Checkpoint) -> list[object]:
     return found
 
 
-def _constant(entry: TensorEntry, dtype: str, value: float) -> TensorEntry:
-    nbytes = entry.numel * (4 if dtype == "F32" else 2)
-    return replace(entry, dtype=dtype, file=f"{CONSTANT}{dtype}/{value}", start=0, stop=nbytes)
+def _constant(parameter: Parameter, dtype: str, value: float) -> Parameter:
+    return replace(parameter, dtype=dtype, view=Constant(value=value, dtype=dtype))
 
 
-def _brought(entry: TensorEntry, scaled: bool) -> TensorEntry:
+def _brought(config: Mapping[str, object], parameter: Parameter, scaled: bool) -> Parameter:
+    """An adapter's own tensor, times what its scaling gives each where the adapters' scalings differ."""
     if not scaled:
-        return entry
-    return replace(entry, dtype="F32", file=SCALED + entry.name, start=0, stop=4 * entry.numel)
+        return parameter
+    view = Multiple(target=parameter.view, factor=_factor(config, parameter))
+    return replace(parameter, dtype=view.dtype, view=view)
 
 
-def _factor(config: Mapping[str, object], entry: TensorEntry) -> float:
+def _factor(config: Mapping[str, object], entry: Parameter) -> float:
     module, part = part_of(entry.name) or ("", "")
     if part not in _MATRICES:
         return 1.0
@@ -223,7 +221,7 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _rank(entry: TensorEntry, part: str) -> int:
+def _rank(entry: Parameter, part: str) -> int:
     """A is (r, in, ...), B is (out, r, ...)."""
     return max(1, entry.shape[0] if part in LORA_A else entry.shape[1])
 

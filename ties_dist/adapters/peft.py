@@ -16,9 +16,10 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal, cast
 
-from ties_dist.adapters.low_rank import BESIDE, VIRTUAL, AdaptedReader, Change, LowRank, Scaled
+from ties_dist.adapters.low_rank import Factor, LowRank, Scaled
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
-from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.checkpoints.forms import plain
+from ties_dist.checkpoints.parameters import OpenFiles, Parameter
 from ties_dist.dtypes import TYPES
 from ties_dist.errors import CheckpointError
 from ties_dist.messages import listing, show
@@ -52,6 +53,9 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of which peft replaces the base by what is left of it, when it loads the adapter."""
 
 
+Change = LowRank | Scaled
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """One adapter's folder, read. kind: of PEFT. tensors: its own, by PEFT's names."""
@@ -60,6 +64,11 @@ class Adapter:
     kind: Literal["LORA", "IA3"]
     config: Mapping[str, Any]
     tensors: Checkpoint
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Its own, as they are read beside a base."""
+        return {name: plain.parameter(entry, place=1) for name, entry in self.tensors.tensors.items()}
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -120,8 +129,8 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
 class _Parts:
     """What an adapter has for one tensor of the base: entries by part, and a replacement of it."""
 
-    parts: dict[str, TensorEntry] = field(default_factory=dict)
-    replaced: TensorEntry | None = None
+    parts: dict[str, Parameter] = field(default_factory=dict)
+    replaced: Parameter | None = None
     module: str = ""
 
 
@@ -129,26 +138,27 @@ def adapt(base: Checkpoint, adapter: Adapter, name: str) -> Checkpoint:
     """The catalogue of the adapted model. Raises CheckpointError with everything that does not fit the base."""
     problems: list[str] = []
     found: dict[str, _Parts] = {}
-    for entry in adapter.tensors.tensors.values():
+    for entry in adapter.parameters.values():
         _sort(entry, base, found, problems)
-    tensors, changes = dict(base.tensors), {}
+    parameters = dict(base.parameters)
+    changes: dict[str, Change] = {}
     for tensor, parts in sorted(found.items()):
-        target = base.tensors[tensor]
+        target = base.parameters[tensor]
         if parts.replaced is not None:
             if parts.replaced.shape != target.shape:
                 problems.append(
                     f"{show(tensor)}: saved with shape {parts.replaced.shape}, the base's is {target.shape}"
                 )
                 continue
-            target = replace(parts.replaced, name=tensor, file=f"{BESIDE}{parts.replaced.file}")
-            tensors[tensor] = target
+            target = replace(parts.replaced, name=tensor)
+            parameters[tensor] = target
         if parts.parts:
             change = _change(adapter, target, parts, problems)
             if change is not None:
                 changes[tensor] = change
-                tensors[tensor] = _computed(target)
+                parameters[tensor] = replace(target, dtype=change.dtype, view=change)
     if adapter.kind == "IA3":
-        _scale_biases(base, tensors, changes)
+        _scale_biases(base, parameters, changes)
     if problems:
         title = f"adapter '{name}' ({adapter.path}) does not fit its base '{base.name}':"
         raise CheckpointError(listing(title, problems))
@@ -159,18 +169,18 @@ def adapt(base: Checkpoint, adapter: Adapter, name: str) -> Checkpoint:
     return replace(
         base,
         name=name,
-        reader=AdaptedReader(base.reader, adapter.tensors.reader, changes),
-        tensors=tensors,
+        opened=OpenFiles((*base.opened.readers, *adapter.tensors.opened.readers)),
+        parameters=parameters,
         notes=(*base.notes, said + (f"; {whole} more are the adapter's own" if whole else "")),
     )
 
 
-def _sort(entry: TensorEntry, base: Checkpoint, found: dict[str, _Parts], problems: list[str]) -> None:
+def _sort(entry: Parameter, base: Checkpoint, found: dict[str, _Parts], problems: list[str]) -> None:
     """Which tensor of the base one of the adapter's belongs to."""
-    plain = entry.name.removeprefix(PREFIX)
-    match = _PART.fullmatch(plain)
+    inner = entry.name.removeprefix(PREFIX)
+    match = _PART.fullmatch(inner)
     if match is None:
-        saved = plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        saved = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         target = base.find(saved)
         if target is None:
             problems.append(f"{show(entry.name)}: the base has no tensor {show(saved)}")
@@ -188,7 +198,7 @@ def _sort(entry: TensorEntry, base: Checkpoint, found: dict[str, _Parts], proble
         parts.module = match["module"]
 
 
-def _change(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list[str]) -> Change | None:
+def _change(adapter: Adapter, target: Parameter, parts: _Parts, problems: list[str]) -> Change | None:
     if odd := sorted({entry.dtype for entry in (target, *parts.parts.values())} - TYPES.keys()):
         problems.append(
             f"{show(target.name)}: {', '.join(odd)} in it or its adapter; only F32, F16 and BF16 are merged"
@@ -221,12 +231,13 @@ def _change(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list
         problems.append(f"{show(target.name)}: DoRA has {magnitude.numel} magnitudes for {outputs} outputs")
         return None
     return LowRank(
-        target=target,
-        a=a,
-        b=b,
+        target=target.view,
+        shape=(target.shape[0], target.shape[1]),
+        a=_factor(a),
+        b=_factor(b),
         turned=turned,
         scaling=scaling(adapter.config, owner(parts.module), rank),
-        magnitude=magnitude,
+        magnitude=_factor(magnitude) if magnitude is not None else None,
     )
 
 
@@ -256,7 +267,7 @@ def _matches(pattern: str, module: str) -> bool:
         return False
 
 
-def _scaled(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list[str]) -> Change | None:
+def _scaled(adapter: Adapter, target: Parameter, parts: _Parts, problems: list[str]) -> Change | None:
     """(IA)3's l is (out, 1), or (1, in) where a module is one of `feedforward_modules`."""
     factors = parts.parts.get("ia3_l")
     if factors is None:
@@ -268,31 +279,26 @@ def _scaled(adapter: Adapter, target: TensorEntry, parts: _Parts, problems: list
         problems.append(f"{show(target.name)} {target.shape}: l has shape {factors.shape}")
         return None
     by_output = factors.shape == (outputs, 1) and not (outputs == inputs == 1)
-    return Scaled(target=target, factors=factors, by_row=by_output != adapter.fan_in_fan_out, by_output=by_output)
-
-
-def _scale_biases(base: Checkpoint, tensors: dict[str, TensorEntry], changes: dict[str, Change]) -> None:
-    """A layer whose outputs are scaled has its bias scaled, too."""
-    for tensor, change in list(changes.items()):
-        bias = f"{tensor.removesuffix('.weight')}.bias"
-        if isinstance(change, Scaled) and change.by_output and bias in base.tensors:
-            target = tensors[bias]
-            changes[bias] = Scaled(target=target, factors=change.factors, by_row=False, by_output=True)
-            tensors[bias] = _computed(target)
-
-
-def _computed(target: TensorEntry) -> TensorEntry:
-    """A tensor that is computed where it is read, in place of the stored one."""
-    return TensorEntry(
-        name=target.name,
-        dtype="F32",
-        shape=target.shape,
-        file=VIRTUAL + target.name,
-        start=0,
-        stop=4 * target.numel,
+    return Scaled(
+        target=target.view,
+        columns=columns,
+        factors=_factor(factors),
+        by_row=by_output != adapter.fan_in_fan_out,
+        by_output=by_output,
     )
 
 
-def is_of_base(file: str) -> bool:
-    """Whether a file that an adapted model's tensor is read from lies in the base's folder."""
-    return not file.startswith((VIRTUAL, BESIDE))
+def _factor(parameter: Parameter) -> Factor:
+    return Factor(view=parameter.view, shape=parameter.shape)
+
+
+def _scale_biases(base: Checkpoint, parameters: dict[str, Parameter], changes: Mapping[str, Change]) -> None:
+    """A layer whose outputs are scaled has its bias scaled, too."""
+    for tensor, change in changes.items():
+        bias = f"{tensor.removesuffix('.weight')}.bias"
+        if isinstance(change, Scaled) and change.by_output and bias in base.parameters:
+            target = parameters[bias]
+            view = Scaled(
+                target=target.view, columns=target.shape[-1], factors=change.factors, by_row=False, by_output=True
+            )
+            parameters[bias] = replace(target, dtype=view.dtype, view=view)

@@ -25,7 +25,6 @@ from ties_dist.analysis.loops import MOST_EXPERTS
 from ties_dist.analysis.summing import Question, summarise
 from ties_dist.analysis.tally import Analyse, Signs, Tally, TallyStep
 from ties_dist.cache import cache_folder
-from ties_dist.dtypes import ITEM_BYTES
 from ties_dist.engine.scan import nonfinite_error
 from ties_dist.errors import OutputError, RecipeError, StoppedError
 from ties_dist.executors.base import check_stop
@@ -46,6 +45,7 @@ from ties_dist.storage.memory import MemoryWriter
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import predict, to_bits
 from ties_dist.values.items import WorkItem, as_item
+from ties_dist.values.views import read_bytes
 from ties_dist.worker.merging import Worker
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def _resume(question: Question, snapshot: Snapshot) -> tuple[list[WorkItem], Tal
 def input_bytes(plan: MergePlan) -> int:
     """One read of what is measured."""
     models = (plan.base, *plan.experts)
-    return sum(t.numel * ITEM_BYTES[m.tensors[t.source].dtype] for m in models for t in plan.counted)
+    return sum(read_bytes(m.views[t.source], 0, t.numel) for m in models for t in plan.counted)
 
 
 def ask(plan: MergePlan, density: float, store: StatisticsStore, worker: Worker) -> tuple[Question, str]:

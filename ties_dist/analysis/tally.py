@@ -24,12 +24,13 @@ from ties_dist.analysis.loops import (
     multiply,
     widen,
 )
-from ties_dist.compiler.slices import loadable
-from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, DType
+from ties_dist.compiler.slices import numbers
+from ties_dist.dtypes import ITEM_BYTES, DType
 from ties_dist.planning.layout import Segment
-from ties_dist.storage.base import BLOCK_BYTES, Span
+from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.thresholds import COARSE_SHIFT, NONFINITE_BUCKET
 from ties_dist.values.items import WorkItem
+from ties_dist.values.views import Encoded, Operand
 from ties_dist.worker.merging import MergeStep
 
 BLOCK = 1 << 14
@@ -204,19 +205,21 @@ class Analyse:
         tallying, counter = Tallying(self), step.worker
         models = (counter.base, *counter.experts)
         segments = [s for s in counter.segments(unit) if s.tensor.counted]
-        spans: list[list[Span]] = []
+        operands: list[list[Operand]] = []
         try:
             for s in segments:
-                spans.append([])
+                operands.append([])
                 for m in models:
-                    spans[-1].append(m.read(s.tensor.source, s.start, s.stop))
+                    operands[-1].append(m.read(s.tensor.source, s.start, s.stop))
             with step.turns if isinstance(step, TallyStep) else nullcontext():
-                for s, read in zip(segments, spans, strict=True):
-                    tallying.segment(s, [span.view for span in read], [m.type(s.tensor.source) for m in models])
+                for s, read in zip(segments, operands, strict=True):
+                    tallying.segment(
+                        s, [operand.content for operand in read], [m.type(s.tensor.source) for m in models]
+                    )
         finally:
-            for read in spans:
-                for span in read:
-                    span.release()
+            for read in operands:
+                for operand in read:
+                    operand.release()
         return tallying.tally
 
 
@@ -233,18 +236,14 @@ class Tallying:
         self.levels = np.empty((experts, BLOCK), np.int8)
         self.tally = Tally(Signs.empty(experts))
 
-    def segment(self, segment: Segment, views: Sequence[memoryview], types: Sequence[DType]) -> None:
-        """views: the segment's bytes in the base and the experts, of `types`."""
+    def segment(self, segment: Segment, contents: Sequence[memoryview | Encoded], types: Sequence[DType]) -> None:
+        """contents: of the segment in the base and the experts, of `types`."""
         name = segment.tensor.source
         conflicts = np.zeros((self.experts, self.densities + 1), np.int64)
         gram = [0] * (self.experts + 1) ** 2
         for start, stop in pieces(segment):
             low, high = start - segment.start, stop - segment.start
-            models = [
-                loadable(view[low * LOOP_BYTES[kind] : high * LOOP_BYTES[kind]], kind)
-                for view, kind in zip(views, types, strict=True)
-            ]
-            gram = added(gram, self._piece(models, conflicts))
+            gram = added(gram, self._piece(contents, types, low, high, conflicts))
         for expert, count in enumerate(self.counts[:, NONFINITE + 2 * self.densities :].sum(axis=1)):
             if count:
                 self.tally.nonfinite[expert, name] = self.tally.nonfinite.get((expert, name), 0) + int(count)
@@ -254,12 +253,20 @@ class Tallying:
         self.counts.ravel()[cells] = 0
         self.significands.ravel()[cells] = 0
 
-    def _piece(self, models: Sequence[np.ndarray], conflicts: np.ndarray) -> list[int]:
-        """models: slices of the base and the experts. Adds to the counts; returns the exact Gram matrix."""
+    def _piece(
+        self,
+        contents: Sequence[memoryview | Encoded],
+        types: Sequence[DType],
+        low: int,
+        high: int,
+        conflicts: np.ndarray,
+    ) -> list[int]:
+        """Elements [low, high) of a segment. Adds to the counts; returns the exact Gram matrix."""
         signs = Signs.empty(self.experts)
         gram, sums = np.zeros((self.experts + 1, self.experts + 1)), np.zeros((*signs.counts.shape, ARMS))
-        for start in range(0, models[0].size, BLOCK):
-            base, *experts = (values[start : start + BLOCK] for values in models)
+        for start in range(low, high, BLOCK):
+            stop = min(high, start + BLOCK)
+            base, *experts = (numbers(c, t, start, stop) for c, t in zip(contents, types, strict=True))
             rows, levels = self.rows[:, : base.size], self.levels[:, : base.size]
             for i, values in enumerate(experts):
                 measure(base, values, self.thresholds[i], self.counts[i], self.significands[i], rows[i], levels[i])

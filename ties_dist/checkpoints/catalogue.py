@@ -15,7 +15,9 @@ from typing import Final
 
 from xxhash import xxh3_128_hexdigest
 
+from ties_dist.checkpoints.forms.known import parameters_of
 from ties_dist.checkpoints.header import AGAIN, LENGTH_BYTES, TensorEntry, collector, parse_header
+from ties_dist.checkpoints.parameters import OpenFiles, Parameter
 from ties_dist.errors import CheckpointError
 from ties_dist.messages import brief, listing, show
 from ties_dist.storage.base import Reader
@@ -47,16 +49,18 @@ class FileHeader:
 class Checkpoint:
     """The catalogue of one checkpoint.
 
-    name: the model's short name, for messages. files: by file name, `shards` is their order. config: config.json, None
-    where there is none (a single file never has one). metadata: `__metadata__` of the shards, the first shard wins.
-    index_file: the index that was read, None where one file holds everything. notes: things to say, not errors.
+    name: the model's short name, for messages. files: by file name, `shards` is their order. tensors: what they store;
+    parameters: what that is of the model, and how it is read. config: config.json, None where there is none (a single
+    file never has one). metadata: `__metadata__` of the shards, the first shard wins. index_file: the index that was
+    read, None where one file holds everything. notes: things to say, not errors.
     """
 
     name: str
-    reader: Reader
+    opened: OpenFiles
     shards: tuple[str, ...]
     files: Mapping[str, FileHeader]
     tensors: Mapping[str, TensorEntry]
+    parameters: Mapping[str, Parameter]
     config: Mapping[str, object] | None
     metadata: Mapping[str, str]
     index_file: str | None
@@ -70,10 +74,10 @@ class Checkpoint:
 
     def find(self, name: str) -> str | None:
         """What a module's parameter is called here: models with a head have the body's names behind one more word."""
-        if name in self.tensors:
+        if name in self.parameters:
             return name
         shorter = name.partition(".")[2]
-        if shorter and shorter in self.tensors:
+        if shorter and shorter in self.parameters:
             return shorter
         longer = self._behind_a_word.get(name, [])
         return longer[0] if len(longer) == 1 else None
@@ -81,7 +85,7 @@ class Checkpoint:
     @cached_property
     def _behind_a_word(self) -> Mapping[str, Sequence[str]]:
         found: dict[str, list[str]] = {}
-        for name in self.tensors:
+        for name in self.parameters:
             if rest := name.partition(".")[2]:
                 found.setdefault(rest, []).append(name)
         return found
@@ -108,6 +112,7 @@ def open_checkpoint(path: Path, *, name: str, reader: Callable[[Path], Reader]) 
     else:
         raise CheckpointError(f"checkpoint '{name}': {path} is neither a directory nor a file.")
     catalogue.read_shards()
+    catalogue.read_parameters()
     if catalogue.problems:
         count = len(catalogue.problems)
         title = f"checkpoint '{name}' ({path}) has {'a problem' if count == 1 else f'{count} problems'}:"
@@ -129,6 +134,7 @@ class _Catalogue:
         self.config: dict[str, object] | None = None
         self.files: dict[str, FileHeader] = {}
         self.tensors: dict[str, TensorEntry] = {}
+        self.parameters: dict[str, Parameter] = {}
         self.metadata: dict[str, str] = {}
         self.places: dict[str, list[str]] = {}  # tensor -> every shard that stores it
 
@@ -228,6 +234,13 @@ class _Catalogue:
         # One unread shard would make every tensor in it look lost.
         self._compare_with_index(readable=set(self.shards) - unread)
 
+    def read_parameters(self) -> None:
+        if not self.problems:
+            try:
+                self.parameters = parameters_of(self.tensors)
+            except CheckpointError as error:
+                self.problems.append(str(error))
+
     def _compare_with_index(self, *, readable: set[str]) -> None:
         """Each tensor must be in the shard the index names and nowhere else.
 
@@ -312,10 +325,11 @@ class _Catalogue:
             self.notes.append(f"{self.index_file} says total_size {brief(said)}, the shards hold {held}")
         return Checkpoint(
             name=name,
-            reader=self.reader,
+            opened=OpenFiles((self.reader,)),
             shards=self.shards,
             files=self.files,
             tensors=self.tensors,
+            parameters=self.parameters,
             config=self.config,
             metadata=self.metadata,
             index_file=self.index_file,

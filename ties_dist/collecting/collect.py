@@ -94,7 +94,7 @@ def collect(
         for group in _groups(left, memory_budget):
             _collect(kind, subject, group, store, data, lines, size, progress or LogProgress(), stop)
         if kind == "fisher":  # buffers and frozen tensors: nothing is known of them, and a merge takes the mean
-            for name, entry in sorted(catalogue.tensors.items()):
+            for name, entry in sorted(catalogue.parameters.items()):
                 if entry.dtype in MERGEABLE and name not in store.arrays:
                     store.add(name, np.zeros(entry.shape, np.float32))
         store.finish()
@@ -172,7 +172,7 @@ def _wanted(kind: Kind, subject: Subject, catalogue: Checkpoint) -> list[Wanted]
     if not unique:
         raise PlanError(
             f"none of the model's {'parameters' if kind == 'fisher' else 'linear layers'} has a name that is in the "
-            f"checkpoint (it has {', '.join(sorted(catalogue.tensors)[:3])}, ...)."
+            f"checkpoint (it has {', '.join(sorted(catalogue.parameters)[:3])}, ...)."
         )
     return unique
 
@@ -180,7 +180,7 @@ def _wanted(kind: Kind, subject: Subject, catalogue: Checkpoint) -> list[Wanted]
 def _parameters(subject: Subject, catalogue: Checkpoint) -> Iterator[Wanted]:
     for name, parameter in subject.module.named_parameters():
         tensor = catalogue.find(name)
-        if tensor is not None and tuple(parameter.shape) == catalogue.tensors[tensor].shape:
+        if tensor is not None and tuple(parameter.shape) == catalogue.parameters[tensor].shape:
             # The sum, the gradient, its square.
             yield Wanted(
                 tensor=tensor, owner=parameter, shape=tuple(parameter.shape), held_bytes=12 * parameter.numel()
@@ -193,7 +193,7 @@ def _layers(subject: Subject, catalogue: Checkpoint) -> Iterator[Wanted]:
         by_inputs = type(layer).__name__ == "Conv1D"  # GPT-2's: stored (in, out)
         if tensor is None or not (_is_linear(layer) or by_inputs):
             continue
-        inputs = catalogue.tensors[tensor].shape[0 if by_inputs else 1]
+        inputs = catalogue.parameters[tensor].shape[0 if by_inputs else 1]
         # The sum in float64, one example's product in float32.
         held = 12 * inputs**2
         yield Wanted(tensor=tensor, owner=layer, shape=(inputs, inputs), held_bytes=held, transposed=by_inputs)

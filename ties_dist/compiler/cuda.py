@@ -204,13 +204,14 @@ class Gpus:
         placed, operands, outs, end = _place(slices, [count for _, count in kernels])
         slot.reserve(end)
         host, memory = slot.host, slot.memory
-        head = operands[0][0]
+        head = operands[0]
         host[:head] = 0  # counters begin at 0
-        for offset, content in operands:
-            host[offset : offset + len(content)] = np.frombuffer(content, dtype=np.uint8)
+        following = iter(operands)
+        for given in slices:
+            _copy(host, given, [next(following) for _ in given.operands])
         following = iter(operands)
         for each in placed:
-            addresses = [memory + next(following)[0] for _ in each.slice.operands]
+            addresses = [memory + next(following) for _ in each.slice.operands]
             _put(host, each.table, np.array(addresses, dtype=np.uint64))
             _put(host, each.state, flat(each.slice.state))
         _ask(driver.cuMemcpyHtoDAsync(memory, slot.address, outs, stream))
@@ -251,12 +252,10 @@ class Gpus:
             _ask(self.driver.cuDevicePrimaryCtxRelease(gpu.device))
 
 
-def _place(
-    slices: Sequence[Slice], counters: Sequence[int]
-) -> tuple[list[Placed], list[tuple[int, memoryview]], int, int]:
+def _place(slices: Sequence[Slice], counters: Sequence[int]) -> tuple[list[Placed], list[int], int, int]:
     """Lay a unit out: tables, states and counters first, then operands, then results.
 
-    Returns the slices' places, operands with their offsets in order, where results begin, and the end.
+    Returns the slices' places, the operands' offsets in order, where results begin, and the end.
     """
     end = 0
 
@@ -269,13 +268,21 @@ def _place(
         (take(8 * len(s.operands)), take(4 * sum(np.size(v) for v in s.state.values())), take(8 * count))
         for s, count in zip(slices, counters, strict=True)
     ]
-    operands = [(take(len(content)), content) for s in slices for content in s.operands]
+    operands = [take(s.elements * LOOP_BYTES[kind]) for s in slices for kind in s.types]
     outs = end
     placed = [
         Placed(s, *head, count, take(s.elements * LOOP_BYTES[s.out_type]))
         for s, head, count in zip(slices, heads, counters, strict=True)
     ]
     return placed, operands, outs, end
+
+
+def _copy(host: np.ndarray, given: Slice, offsets: Sequence[int]) -> None:
+    """Put a slice's operands where they were placed, decoded where they have to be."""
+    for first, contents, _ in given.ready:
+        for offset, content, kind in zip(offsets, contents, given.types, strict=True):
+            at = offset + first * LOOP_BYTES[kind]
+            host[at : at + len(content)] = np.frombuffer(content, dtype=np.uint8)
 
 
 def _put(host: np.ndarray, offset: int, values: np.ndarray) -> None:

@@ -63,15 +63,17 @@ def count_beyond(values: Tensor, limit: float) -> Tensor:
 
 def run_eagerly(function: Fused, each: Slice) -> np.ndarray:
     """Merge one slice block by block. Returns the counters, int64."""
-    target = view(each.out, each.out_type)
-    operands = [view(content, kind) for content, kind in zip(each.operands, each.types, strict=True)]
     numbers = {name: torch.from_numpy(np.array(value)) for name, value in each.state.items()}
     counters = torch.zeros((), dtype=torch.int64)
-    for low in range(0, max(target.numel(), 1), BLOCK):
-        high = min(target.numel(), low + BLOCK)
-        merged, counted = function([o[low:high] for o in operands], numbers, torch.tensor(each.position + low))
-        target[low:high].copy_(merged)
-        counters = counters + counted
+    for first, contents, out in each.ready:
+        target = view(out, each.out_type)
+        operands = [view(content, kind) for content, kind in zip(contents, each.types, strict=True)]
+        for low in range(0, max(target.numel(), 1), BLOCK):
+            high = min(target.numel(), low + BLOCK)
+            position = torch.tensor(each.position + first + low)
+            merged, counted = function([o[low:high] for o in operands], numbers, position)
+            target[low:high].copy_(merged)
+            counters = counters + counted
     return counters.numpy()
 
 

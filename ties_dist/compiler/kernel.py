@@ -81,7 +81,10 @@ class MergeKernel:
 
             return run_eagerly(self._function(each.out_type), each)
         items = [LOOP_BYTES[t] for t in (*each.types, each.out_type)]
-        return native(each.operands, flat(each.state), each.position, each.out, items)
+        state, total = flat(each.state), np.zeros(native.counters, dtype=np.int64)
+        for first, operands, out in each.ready:
+            total += native(operands, state, each.position + first, out, items)
+        return total
 
     def prepare(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:
         """The compiled loop for these types: known, from disk, or made now. None where there can be none."""

@@ -26,8 +26,9 @@ from ties_dist.output.lock import Holder, RunLock
 from ties_dist.output.publish import publish
 from ties_dist.output.report import MergeReport, peak_rss_bytes
 from ties_dist.output.resume import adopt, check_space, claim
+from ties_dist.planning.arrange import models_of
 from ties_dist.planning.plan import MergePlan
-from ties_dist.planning.prepare import Job, models_of
+from ties_dist.planning.prepare import Job
 from ties_dist.progress import Noted, Progress, phase
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.base import BLOCK_BYTES, Writer

@@ -17,7 +17,7 @@ from fnmatch import translate
 from typing import Final, Literal
 
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.checkpoints.parameters import Parameter
 from ties_dist.dtypes import DTYPE_BITS, FLOATS, PACKING, QUANTISED
 from ties_dist.errors import CheckpointError
 from ties_dist.messages import listing, show
@@ -73,9 +73,9 @@ class EqualCheck:
 
     reason: Literal["tied", "non_float"]
     left_model: int
-    left: TensorEntry
+    left: Parameter
     right_model: int
-    right: TensorEntry
+    right: Parameter
     message: str
 
 
@@ -113,8 +113,8 @@ def compare(
     comparison.apply_exclude(exclude)
     comparison.refuse_quantised()
     comparison.find_tied()
-    for name in sorted(base.tensors):
-        comparison.add(base.tensors[name])
+    for name in sorted(base.parameters):
+        comparison.add(base.parameters[name])
     comparison.add_extra()
     comparison.refuse_lone_scales()
     comparison.raise_problems()
@@ -137,7 +137,7 @@ class _Comparison:
         self.models = [(0, self.base_word, base), *self.experts]
         self.truncate = vocab == "truncate"
         self.check_non_float = non_float != "base"
-        self.names = set().union(*(model.tensors for _, _, model in self.models))
+        self.names = set().union(*(model.parameters for _, _, model in self.models))
         self.excluded: set[str] = set()
         self.quantised: dict[int, set[str]] = {i: set() for i, _, _ in self.models}  # reported, by model
         self.packed: set[str] = set()  # modules of the base that hold quantised weights, excluded ones included
@@ -172,7 +172,7 @@ class _Comparison:
                     self.problems.append(f"{label}: config.json has a quantization_config ({name or 'no method'}).")
                     break
             found: dict[str, list[str]] = {}
-            for entry in model.tensors.values():
+            for entry in model.parameters.values():
                 if not _is_quantised(entry):
                     continue
                 if i == 0:
@@ -202,30 +202,30 @@ class _Comparison:
         is dropped, and checked against that expert's embedding.
         """
         embeddings = sorted(
-            name for name in self.base.tensors if _EMBEDDING.search(name) and not _NUMBERED.search(name)
+            name for name in self.base.parameters if _EMBEDDING.search(name) and not _NUMBERED.search(name)
         )
         heads = sorted(name for name in self.names if _is_head(name))
         base_tied = _says_tied(self.base)
         for i, label, model in self.models:
             tied = _says_tied(model)
-            stored = [model.tensors[name] for name in embeddings if name in model.tensors]
+            stored = [model.parameters[name] for name in embeddings if name in model.parameters]
             for head in heads:
-                if base_tied and tied is False and (head in model.tensors or head in self.base.tensors):
+                if base_tied and tied is False and (head in model.parameters or head in self.base.parameters):
                     self.problems.append(
                         f"{label}: config.json says tie_word_embeddings: false, the {self.base_word}'s says true, "
                         f"so {show(head)} is a tensor of its own in one and the embedding in the other."
                     )
                     break
-                ignored = head in self.excluded and head not in self.base.tensors
-                if (base_tied if tied is None else tied) and head in model.tensors and stored and not ignored:
-                    entry = model.tensors[head]
+                ignored = head in self.excluded and head not in self.base.parameters
+                if (base_tied if tied is None else tied) and head in model.parameters and stored and not ignored:
+                    entry = model.parameters[head]
                     self._tie(i, label, entry, max(stored, key=lambda e: _likeness(entry, e)))
 
-    def _tie(self, i: int, label: str, head: TensorEntry, embedding: TensorEntry) -> None:
+    def _tie(self, i: int, label: str, head: Parameter, embedding: Parameter) -> None:
         pair = f"{label}: {show(head.name)} and {show(embedding.name)}"
         if head.shape != embedding.shape and not _SURE_HEAD.search(head.name):
             return  # another tensor that happens to be called `output`
-        if i == 0 or head.name not in self.base.tensors:
+        if i == 0 or head.name not in self.base.parameters:
             self.alias[head.name] = embedding.name
         if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
             self.problems.append(
@@ -241,7 +241,7 @@ class _Comparison:
 
     # -- tensor by tensor ---------------------------------------------------------------------------------------------
 
-    def add(self, base: TensorEntry) -> None:
+    def add(self, base: Parameter) -> None:
         """One tensor of the base against every expert's."""
         name, word = base.name, self.base_word
         source = self.alias.get(name, name)
@@ -272,8 +272,8 @@ class _Comparison:
             )
         )
 
-    def _compare(self, base: TensorEntry, i: int, label: str, expert: Checkpoint) -> None:
-        entry = expert.tensors.get(base.name)
+    def _compare(self, base: Parameter, i: int, label: str, expert: Checkpoint) -> None:
+        entry = expert.parameters.get(base.name)
         if entry is None:
             if base.dtype in FLOATS:
                 tied = _is_head(base.name) and _says_tied(expert)
@@ -288,7 +288,7 @@ class _Comparison:
         elif self.check_non_float:
             self._compare_non_float(base, i, label, entry)
 
-    def _compare_float(self, base: TensorEntry, label: str, entry: TensorEntry) -> None:
+    def _compare_float(self, base: Parameter, label: str, entry: Parameter) -> None:
         if entry.dtype == "F64":
             found = f"{label} has dtype F64, {self.base_word} {base.dtype}"
             self._mismatch(base.name, found, "convert F64 to F32 first (arithmetic is float32)")
@@ -306,7 +306,7 @@ class _Comparison:
         ]
         self._mismatch(base.name, f"{label} has shape {entry.shape}, {self.base_word} {base.shape}", *remedies)
 
-    def _compare_non_float(self, base: TensorEntry, i: int, label: str, entry: TensorEntry) -> None:
+    def _compare_non_float(self, base: Parameter, i: int, label: str, entry: Parameter) -> None:
         if (entry.dtype, entry.shape) != (base.dtype, base.shape):
             found = f"{label} has {_kind(entry)}, {self.base_word} {_kind(base)}"
             self._mismatch(base.name, found, "keep the base's with `non_float: base`")
@@ -321,12 +321,12 @@ class _Comparison:
     def add_extra(self) -> None:
         """Tensors of experts that the base does not have."""
         for _, label, expert in self.experts:
-            for name in sorted(expert.tensors.keys() - self.base.tensors.keys()):
+            for name in sorted(expert.parameters.keys() - self.base.parameters.keys()):
                 if name in self.excluded:
                     self.counts[f"{label}: ", f" excluded that the {self.base_word} does not have"] += 1
                 elif name in self.alias:
                     self.notes[f"{label}: {show(name)}, tied to {show(self.alias[name])}, is dropped"] = None
-                elif expert.tensors[name].dtype in FLOATS:
+                elif expert.parameters[name].dtype in FLOATS:
                     self._mismatch(name, f"extra in {label}, {self.base_word} does not have it")
                 else:
                     self.counts[f"{label}: ", f" dropped, not floating point and not in the {self.base_word}"] += 1
@@ -366,7 +366,7 @@ class _Comparison:
 # -- what names, configs and headers say ------------------------------------------------------------------------------
 
 
-def _is_quantised(entry: TensorEntry) -> bool:
+def _is_quantised(entry: Parameter) -> bool:
     packed = entry.dtype in PACKING and len(entry.shape) > 1 and _PACKED.search(entry.name) is not None
     return packed or entry.dtype in QUANTISED
 
@@ -379,7 +379,7 @@ def _is_vocabulary(name: str) -> bool:
     return _is_head(name) or (bool(_EMBEDDING.search(name) or _HEAD_BIAS.search(name)) and not _NUMBERED.search(name))
 
 
-def _likeness(head: TensorEntry, embedding: TensorEntry) -> tuple[bool, int, int]:
+def _likeness(head: Parameter, embedding: Parameter) -> tuple[bool, int, int]:
     """How well an embedding fits a head: same shape, same part of a multimodal model, the likelier name."""
     parts = zip(head.name.split("."), embedding.name.split("."), strict=False)
     common = next((i for i, (a, b) in enumerate(parts) if a != b), 0)
@@ -416,7 +416,7 @@ def _says_tied(model: Checkpoint) -> bool | None:
 # -- words for messages -----------------------------------------------------------------------------------------------
 
 
-def _kind(entry: TensorEntry) -> str:
+def _kind(entry: Parameter) -> str:
     return f"{entry.dtype} {entry.shape}"
 
 

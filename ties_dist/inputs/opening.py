@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ties_dist.adapters.merging import open_alone
-from ties_dist.adapters.peft import Adapter, adapt, is_of_base, read_adapter
+from ties_dist.adapters.peft import Adapter, adapt, read_adapter
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
+from ties_dist.checkpoints.parameters import OpenFiles
+from ties_dist.compiler.slices import decoded
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.congruence import EqualCheck, MergeSet
 from ties_dist.messages import listing
@@ -18,10 +20,10 @@ from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRe
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
 from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
 from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
-from ties_dist.storage.base import Reader
 from ties_dist.storage.digests import digest
 from ties_dist.storage.readers import open_reader
 from ties_dist.values.inputs import Input
+from ties_dist.values.views import Files, Operand, Piece
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def identify(checkpoint: Checkpoint) -> str:
         sampled = []
         for _ in range(SAMPLED_PAGES if header.size > header.data_start else 0):
             start = pages.randrange(header.data_start, header.size)
-            span = checkpoint.reader.read(file, start, min(start + PAGE_BYTES, header.size))
+            span = checkpoint.opened.read(Piece(0, file, start, min(start + PAGE_BYTES, header.size)))
             sampled.append(digest(span.view))
             span.release()
         parts.append([header.identity, sampled])
@@ -95,27 +97,33 @@ def compare_bytes(opened: Sequence[Checkpoint], merge_set: MergeSet) -> None:
     problems = [
         check.message
         for check in merge_set.equal
-        if not _equal(opened[check.left_model].reader, opened[check.right_model].reader, check)
+        if not _equal(opened[check.left_model].opened, opened[check.right_model].opened, check)
     ]
     if problems:
         raise CheckpointError(listing("tensors that must be equal are not:", problems))
 
 
-def _equal(left: Reader, right: Reader, check: EqualCheck) -> bool:
+def _equal(left: Files, right: Files, check: EqualCheck) -> bool:
     a, b = check.left, check.right
-    for start in range(0, a.nbytes, COMPARED_AT_ONCE):
-        size = min(COMPARED_AT_ONCE, a.nbytes - start)
-        one = left.read(a.file, a.start + start, a.start + start + size)
-        other = right.read(b.file, b.start + start, b.start + start + size)
-        same = bytes(one.view) == bytes(other.view)
-        one.release()
-        other.release()
-        if not same:
-            return False
+    step = max(1, COMPARED_AT_ONCE * a.numel // max(1, a.nbytes))
+    for start in range(0, a.numel, step):
+        stop = min(a.numel, start + step)
+        one, other = a.view.read(left, start, stop), b.view.read(right, start, stop)
+        try:
+            if _bytes(one, stop - start) != _bytes(other, stop - start):
+                return False
+        finally:
+            one.release()
+            other.release()
     return True
 
 
-def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | None) -> Callable[[Input], Reader]:
+def _bytes(operand: Operand, elements: int) -> bytes:
+    content = operand.content
+    return bytes(content) if isinstance(content, memoryview) else decoded(operand, 0, elements).tobytes()
+
+
+def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | None) -> Callable[[Input], OpenFiles]:
     """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so.
 
     reread_bytes: read between the first and the second read of a byte (`MergePlan.reread_bytes`).
@@ -131,19 +139,18 @@ def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | Non
             logger.log(logging.DEBUG if facts.size < SMALL_MODEL else logging.INFO, "reads: '%s' %s", m.name, choice)
             chosen[path] = choice.backend
 
-    def open_one(model: Input) -> Reader:
+    def open_one(model: Input) -> OpenFiles:
         path = Path(model.path)
         if is_statistics(path):
-            return ArrayReader(path)
+            return OpenFiles((ArrayReader(path),))
         if model.adapter is None and is_adapter(path):
-            return open_alone(read_adapter(path, model.name, open_reader), model.name).reader
+            return read_adapter(path, model.name, open_reader).tensors.opened
         best = chosen.get(model.path, "auto")
         if model.adapter is None:
-            return open_reader(path, best)
+            return OpenFiles((open_reader(path, best),))
         # The base's pages were read a moment ago, for the base: the page cache has them, direct I/O would ask the disk.
         again = "pread" if best == "direct" else best
-        base, adapter = _open_adapted(path, Path(model.adapter), model.name, again)
-        return adapt(base, adapter, model.name).reader
+        return OpenFiles((open_reader(path, again), open_reader(Path(model.adapter))))
 
     return open_one
 
@@ -176,5 +183,6 @@ def files_of(model: Input) -> list[Path]:
     beside = [applied / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if applied else []
     if applied == path:
         return beside
-    names = sorted({source.file for source in model.tensors.values() if is_of_base(source.file)})
+    pieces = (piece for view in model.views.values() for piece in view.pieces(0, 1))
+    names = sorted({piece.file for piece in pieces if piece.place == 0})
     return [path, *beside] if path.is_file() else [*(path / name for name in names), *beside]

@@ -107,6 +107,11 @@ class Layout:
             before += each.nbytes
 
     @property
+    def tensors(self) -> list[TensorSpec]:
+        """All of them, by name."""
+        return sorted((t for shard in self.shards for t in shard.tensors), key=lambda t: t.name)
+
+    @property
     def total_bytes(self) -> int:
         return sum(shard.size for shard in self.shards)
 

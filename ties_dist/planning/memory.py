@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ties_dist.dtypes import ITEM_BYTES
 from ties_dist.errors import PlanError
-from ties_dist.messages import readable
+from ties_dist.messages import listing, readable, show
 from ties_dist.methods.base import Method
-from ties_dist.planning.layout import TensorSpec
+from ties_dist.planning.layout import Layout, TensorSpec
+from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import Matrix
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.values.inputs import Input
@@ -27,6 +29,54 @@ EAGER_TEMPORARIES = 12
 """Float32 temporaries per operand and element of an eager block."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a worker process will need. solvers: matrices that are merged at once."""
+
+    unit_bytes: int
+    solvers: int
+    projected_bytes: int
+
+
+def fit(
+    method: Method, layout: Layout, alike: Sequence[Input], matrices: Mapping[str, Matrix], resources: Resources
+) -> Memory:
+    """The largest units that fit, and the projected peak with them. alike: the base, and what looks like it.
+
+    Raises PlanError where the budget is too small, or a form of storage cannot be read in units.
+    """
+    operands = alike if method.operand == "delta" else alike[1:]
+    _check_grains(operands)
+    unit_bytes, buffers = fit_unit_bytes(
+        asked=resources.unit_bytes,
+        budget=resources.memory_budget,
+        threads=resources.thread_count,
+        # A slot has a pinned copy of its unit.
+        units=(2 * resources.gpu_slots or resources.thread_count) + UNITS_AROUND,
+        outputs=resources.outputs,
+        method=method,
+        tensors=layout.tensors,
+        operands=operands,
+    )
+    solvers, peak = fit_matrices(
+        matrices, budget=resources.memory_budget, threads=resources.thread_count, buffers=buffers
+    )
+    gpus = GPU_BYTES if resources.gpu_slots else 0
+    return Memory(unit_bytes=unit_bytes, solvers=solvers, projected_bytes=PROCESS_BYTES + gpus + peak)
+
+
+def _check_grains(operands: Sequence[Input]) -> None:
+    """Units end at any element so far: what is stored in grains waits for items that own whole ones."""
+    problems = [
+        f"{show(name)} of '{model.name}' can be read {view.grain:,} elements at a time only"
+        for model in operands
+        for name, view in model.views.items()
+        if view.grain > 1
+    ]
+    if problems:
+        raise PlanError(listing("parameters that cannot be cut into units:", problems, "Store them as plain tensors."))
+
+
 def fit_unit_bytes(
     *,
     asked: int | None,
@@ -38,7 +88,7 @@ def fit_unit_bytes(
     tensors: Sequence[TensorSpec],
     operands: Sequence[Input],
 ) -> tuple[int, int]:
-    """WorkItem size and the buffers' projected peak, in bytes. Raises PlanError where the budget is too small.
+    """Unit size and the buffers' projected peak, in bytes. Raises PlanError where the budget is too small.
 
     asked: the user's unit size, or None for the largest of 8, 4, 2, 1 MiB that fits. units: how many are under way,
     each with `outputs` results.
@@ -50,7 +100,7 @@ def fit_unit_bytes(
     # Widest ratio of bytes read to bytes written over the merged tensors, for all operands together.
     ratio = max(
         (
-            sum(ITEM_BYTES[m.tensors[t.source].dtype] for m in operands) / ITEM_BYTES[t.dtype]
+            sum(ITEM_BYTES[m.views[t.source].dtype] for m in operands) / ITEM_BYTES[t.dtype]
             for t in tensors if t.merged
         ),
         default=1.0,

@@ -19,6 +19,7 @@ from ties_dist.storage.digests import digest
 from ties_dist.values.inputs import Input
 from ties_dist.values.items import Range, WorkItem
 from ties_dist.values.numbers import TensorNumbers
+from ties_dist.values.views import read_bytes
 
 SEMANTICS_VERSION = 1
 """Goes into the fingerprint; raised when the arithmetic of semantics.md changes."""
@@ -80,7 +81,7 @@ class MergePlan:
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """All output tensors in canonical order."""
-        return tuple(sorted((t for s in self.layout.shards for t in s.tensors), key=lambda t: t.name))
+        return tuple(self.layout.tensors)
 
     @cached_property
     def counted(self) -> tuple[TensorSpec, ...]:
@@ -113,7 +114,7 @@ class MergePlan:
         read = 0
         for tensor in self.tensors:
             models = self.operands if tensor.merged else (self.base,)
-            read += sum(tensor.numel * ITEM_BYTES[m.tensors[tensor.source].dtype] for m in models)
+            read += sum(read_bytes(m.views[tensor.source], 0, tensor.numel) for m in models)
         return read + sum(4 * len(self.grams) * matrix.inputs**2 for matrix in self.matrices.values())
 
     @cached_property
@@ -128,7 +129,7 @@ class MergePlan:
     def is_16_bit(self) -> bool:
         """Whether deltas take few distinct values, so that a threshold is an atom of large mass."""
         models = (self.base, *self.experts)
-        return all(ITEM_BYTES[m.tensors[t.source].dtype] == 2 for m in models for t in self.counted)
+        return all(ITEM_BYTES[m.views[t.source].dtype] == 2 for m in models for t in self.counted)
 
     @property
     def reread_bytes(self) -> int | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from ties_dist.adapters.merging import align, merged_config, on_factors
+from ties_dist.adapters.merging import on_factors
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.dtypes import HEADER_DTYPES
 from ties_dist.errors import CheckpointError, RecipeError
@@ -18,14 +18,14 @@ from ties_dist.inputs.opening import compare_bytes, open_all, stamp_inputs
 from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
-from ties_dist.planning.layout import SINGLE_NAME, TensorSpec, lay_out
-from ties_dist.planning.memory import GPU_BYTES, PROCESS_BYTES, UNITS_AROUND, fit_matrices, fit_unit_bytes
+from ties_dist.planning.arrange import Inputs, arrange, models_of
+from ties_dist.planning.layout import Layout, TensorSpec, lay_out
+from ties_dist.planning.memory import fit
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import Matrix, MergePlan, fingerprint
-from ties_dist.recipe.recipe import ModelReference, Recipe, layer_depths, load_recipe
-from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Location, fetch
+from ties_dist.recipe.recipe import Recipe, layer_depths, load_recipe
+from ties_dist.recipe.references import ADAPTER_WEIGHTS, Location, fetch
 from ties_dist.statistics.collected import ExpertStatistics, how_to_collect
-from ties_dist.values.inputs import Input, Source
 from ties_dist.values.numbers import TensorNumbers
 
 
@@ -82,14 +82,6 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def models_of(recipe: Recipe) -> list[ModelReference]:
-    """What is read, in this order: what plays the base's part, the experts, the model whose signs are taken, the
-    experts' statistics."""
-    base = recipe.base or replace(recipe.experts[0].model, adapter=None)
-    oracle = [recipe.elect_from] if recipe.elect_from else []
-    return [base, *(e.model for e in recipe.experts), *oracle, *(e.statistics for e in recipe.experts if e.statistics)]
-
-
 def assemble(
     recipe: Recipe,
     opened: Sequence[Checkpoint],
@@ -98,34 +90,70 @@ def assemble(
     max_shard_bytes: int | None = None,
 ) -> Job:
     """The job of a recipe whose models are open, in the order of `models_of`. Raises CheckpointError, PlanError."""
-    method = cast("type[Method]", recipe.spec).from_options(
+    method = _method(recipe)
+    inputs = arrange(recipe, method, opened, identities)
+    merge_set = _compare(recipe, method, inputs)
+    layout = _lay_out(recipe, merge_set, inputs, max_shard_bytes)
+    matrices = _matrices(layout.tensors, inputs.stores) if method.statistics == "gram" else {}
+    memory = fit(method, layout, [each.input for each in inputs.alike], matrices, resources)
+    plan = MergePlan(
+        method=method,
+        layout=layout,
+        base=inputs.base.input,
+        experts=tuple(each.input for each in inputs.experts),
+        extras=tuple(each.input for each in inputs.extras),
+        grams=tuple(each.input for each in inputs.grams),
+        matrices=matrices,
+        numbers=_numbers(recipe, method, layout.tensors),
+        fingerprint=fingerprint(recipe.canonical(), layout, [each.input for each in inputs.all]),
+        threads=resources.thread_count,
+        memory_budget=resources.memory_budget,
+        unit_bytes=memory.unit_bytes,
+        projected_bytes=memory.projected_bytes,
+        solvers=memory.solvers,
+    )
+    return Job(
+        recipe=recipe,
+        plan=plan,
+        base=inputs.base.catalogue,
+        base_path=models_of(recipe)[0].path,
+        merge_set=merge_set,
+        notes=tuple(_notes(recipe, plan, inputs, merge_set)),
+        max_shard_bytes=max_shard_bytes,
+        resources=resources,
+        companions=inputs.companions,
+    )
+
+
+def _method(recipe: Recipe) -> Method:
+    return cast("type[Method]", recipe.spec).from_options(
         {**recipe.options.model_dump(), "elect_from": recipe.elect_from},
         {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
     )
-    companions, into_adapter = {}, recipe.options.output == "adapter"
-    if into_adapter:
-        adapters = opened[1:]
-        opened = align(adapters, len(recipe.experts))
-        companions[ADAPTER_CONFIG] = merged_config(adapters[: len(recipe.experts)])
-        identities = [opened[0].name, *identities[1:]]
-    base, count = opened[0], len(recipe.experts)
-    models = [_input(*each) for each in zip(opened, models_of(recipe), identities, strict=True)]
-    stores = _statistics(recipe, method, identities)
-    # Gram matrices have shapes of their own; whatever else is read looks like the base.
-    alike = len(opened) - (count if method.statistics == "gram" else 0)
+
+
+def _compare(recipe: Recipe, method: Method, inputs: Inputs) -> MergeSet:
+    """What is merged, once headers and the few bytes that must be equal were compared. Raises CheckpointError."""
+    catalogues = [each.catalogue for each in inputs.alike]
     merge_set = compare(
-        base,
-        opened[1:alike],
+        catalogues[0],
+        catalogues[1:],
         exclude=recipe.options.exclude,
         vocab=recipe.options.vocab,
         non_float=recipe.options.non_float,
         operand=method.operand,
     )
-    compare_bytes(opened[:alike], merge_set)
+    compare_bytes(catalogues, merge_set)
+    return merge_set
+
+
+def _lay_out(recipe: Recipe, merge_set: MergeSet, inputs: Inputs, max_shard_bytes: int | None) -> Layout:
+    """The output's files; of an adapter one, as peft reads it."""
+    dtype = HEADER_DTYPES.get(recipe.output_dtype or "")
     specs = [
         TensorSpec(
             name=t.name,
-            dtype=HEADER_DTYPES.get(recipe.output_dtype or "", t.dtype) if t.action == "merge" else t.dtype,
+            dtype=dtype or t.dtype if t.action == "merge" else t.dtype,
             shape=t.shape,
             merged=t.action == "merge",
             source=t.source,
@@ -133,74 +161,18 @@ def assemble(
         )
         for t in merge_set.tensors
     ]
-    shard_of = {name: ADAPTER_WEIGHTS if into_adapter else entry.file for name, entry in base.tensors.items()}
-    # peft reads adapters of one file.
-    shard_bytes, single = (None, ADAPTER_WEIGHTS) if into_adapter else (max_shard_bytes, SINGLE_NAME)
-    layout = lay_out(specs, shard_of, shard_bytes, single=single)
-    unit_bytes, buffers = fit_unit_bytes(
-        asked=resources.unit_bytes,
-        budget=resources.memory_budget,
-        threads=resources.thread_count,
-        # A slot has a pinned copy of its unit.
-        units=(2 * resources.gpu_slots or resources.thread_count) + UNITS_AROUND,
-        outputs=resources.outputs,
-        method=method,
-        tensors=specs,
-        operands=models[:alike] if method.operand == "delta" else models[1:alike],
-    )
-    matrices = _matrices(specs, stores) if method.statistics == "gram" else {}
-    solvers, peak = fit_matrices(
-        matrices, budget=resources.memory_budget, threads=resources.thread_count, buffers=buffers
-    )
-    plan = MergePlan(
-        method=method,
-        layout=layout,
-        base=models[0],
-        experts=tuple(models[1 : 1 + count]),
-        extras=tuple(models[1 + count : alike]),
-        numbers=_numbers(recipe, method, specs),
-        fingerprint=fingerprint(recipe.canonical(), layout, models),
-        unit_bytes=unit_bytes,
-        threads=resources.thread_count,
-        memory_budget=resources.memory_budget,
-        projected_bytes=PROCESS_BYTES + (GPU_BYTES if resources.gpu_slots else 0) + peak,
-        grams=tuple(models[alike:]),
-        matrices=matrices,
-        solvers=solvers,
-    )
-    return Job(
-        recipe=recipe,
-        plan=plan,
-        base=base,
-        base_path=models_of(recipe)[0].path,
-        merge_set=merge_set,
-        notes=(
-            *recipe.notes,
-            *dict.fromkeys(note for checkpoint in opened for note in checkpoint.notes),
-            *merge_set.notes,
-            *_equal_inputs(models, count, method),
-            *_whole(matrices, solvers),
-        ),
-        max_shard_bytes=max_shard_bytes,
-        resources=resources,
-        companions=companions,
-    )
+    if inputs.into_adapter:
+        return lay_out(specs, dict.fromkeys((t.name for t in specs), ADAPTER_WEIGHTS), single=ADAPTER_WEIGHTS)
+    shard_of = {name: parameter.file for name, parameter in inputs.base.catalogue.parameters.items()}
+    return lay_out(specs, shard_of, max_shard_bytes)
 
 
-def _statistics(recipe: Recipe, method: Method, identities: Sequence[str]) -> list[ExpertStatistics]:
-    """The experts' stores, if the method needs any.
-
-    Raises CheckpointError where one is of another kind, or of another checkpoint than its expert.
-    """
-    stores, problems = [], []
-    for expert, identity in zip(recipe.experts, identities[1:], strict=False):
-        if expert.statistics is not None and method.statistics is not None:
-            stores.append(store := ExpertStatistics.open(expert.statistics.path))
-            if problem := store.check(method.statistics, identity, name=expert.model.text):
-                problems.append(problem)
-    if problems:
-        raise CheckpointError(listing("statistics that are not of these models:", problems))
-    return stores
+def _notes(recipe: Recipe, plan: MergePlan, inputs: Inputs, merge_set: MergeSet) -> Iterator[str]:
+    yield from recipe.notes
+    yield from dict.fromkeys(note for each in inputs.all for note in each.catalogue.notes)
+    yield from merge_set.notes
+    yield from _equal_inputs(plan)
+    yield from _whole(plan)
 
 
 def _matrices(specs: Sequence[TensorSpec], stores: Sequence[ExpertStatistics]) -> dict[str, Matrix]:
@@ -235,35 +207,22 @@ def _matrices(specs: Sequence[TensorSpec], stores: Sequence[ExpertStatistics]) -
     return matrices
 
 
-def _whole(matrices: Mapping[str, Matrix], solvers: int) -> list[str]:
-    if not matrices:
-        return []
-    largest = max(matrices.values(), key=lambda m: m.work_bytes)
-    return [
-        f"{len(matrices):,} matrices are merged whole, {solvers} at a time; the largest ({largest.outputs:,} x "
-        f"{largest.inputs:,}) needs {readable(largest.work_bytes)} of memory."
-    ]
+def _whole(plan: MergePlan) -> Iterator[str]:
+    if plan.matrices:
+        largest = max(plan.matrices.values(), key=lambda m: m.work_bytes)
+        yield (
+            f"{len(plan.matrices):,} matrices are merged whole, {plan.solvers} at a time; the largest "
+            f"({largest.outputs:,} x {largest.inputs:,}) needs {readable(largest.work_bytes)} of memory."
+        )
 
 
-def _equal_inputs(models: Sequence[Input], count: int, method: Method) -> list[str]:
+def _equal_inputs(plan: MergePlan) -> Iterator[str]:
     """What to say of experts that look like the base or like each other: headers, sizes and sampled pages agree."""
-    base, experts, notes = models[0], models[1 : 1 + count], []
-    for i, expert in enumerate(experts):
-        if method.operand == "delta" and expert.identity == base.identity:
-            notes.append(f"expert '{expert.name}' looks equal to the base: its delta is zero.")
-        if twin := next((e.name for e in experts[:i] if e.identity == expert.identity), None):
-            notes.append(f"experts '{twin}' and '{expert.name}' look equal: one model counts twice.")
-    return notes
-
-
-def _input(checkpoint: Checkpoint, reference: ModelReference, identity: str) -> Input:
-    return Input(
-        name=reference.name,
-        path=str(reference.path.absolute()),
-        adapter=str(reference.adapter.absolute()) if reference.adapter is not None else None,
-        tensors={name: Source(file=e.file, start=e.start, dtype=e.dtype) for name, e in checkpoint.tensors.items()},
-        identity=identity,
-    )
+    for i, expert in enumerate(plan.experts):
+        if plan.method.operand == "delta" and expert.identity == plan.base.identity:
+            yield f"expert '{expert.name}' looks equal to the base: its delta is zero."
+        if twin := next((e.name for e in plan.experts[:i] if e.identity == expert.identity), None):
+            yield f"experts '{twin}' and '{expert.name}' look equal: one model counts twice."
 
 
 def _numbers(recipe: Recipe, method: Method, tensors: Sequence[TensorSpec]) -> dict[str, TensorNumbers]:

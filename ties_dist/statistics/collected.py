@@ -19,7 +19,9 @@ import numpy as np
 import xxhash
 
 from ties_dist.checkpoints.catalogue import Checkpoint
+from ties_dist.checkpoints.forms.known import parameters_of
 from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.errors import CheckpointError
 from ties_dist.storage.arrays import CHUNK_ITEMS, GROUP_FILE, ArrayReader, is_group
 from ties_dist.storage.local import sync_folder
@@ -151,10 +153,11 @@ class ExpertStatistics:
         }
         return Checkpoint(
             name=name,
-            reader=ArrayReader(self.path),
+            opened=OpenFiles((ArrayReader(self.path),)),
             shards=(),
             files={},
             tensors=tensors,
+            parameters=parameters_of(tensors),
             config=None,
             metadata={},
             index_file=None,

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ties_dist.compiler.slices import loadable, widened
-from ties_dist.dtypes import ITEM_BYTES, TYPES, DType
+from ties_dist.compiler.slices import decoded, numbers
+from ties_dist.dtypes import TYPES, DType
 from ties_dist.errors import CheckpointError
 from ties_dist.planning.layout import Segment
 from ties_dist.planning.plan import MergePlan
-from ties_dist.storage.base import Reader, Span
 from ties_dist.thresholds import KEEP_ALL, KEEP_NONE, Cuts, Histogram, TensorCut, Threshold, Window, resolve
 from ties_dist.values.inputs import Input
 from ties_dist.values.items import WorkItem
+from ties_dist.values.views import Encoded, Files, Operand, blocks, read_bytes
 
 SELECT_SLICE = 1 << 22
 """Elements read at a time where a whole tensor is ranked."""
@@ -29,46 +29,47 @@ SELECT_SLICE = 1 << 22
 
 @dataclass
 class ModelReader:
-    """One input, opened for reading slices of tensors."""
+    """One input, opened for reading slices of parameters."""
 
     model: Input
-    reader: Reader
+    files: Files
     requested_bytes: int = 0
     _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def read(self, tensor: str, start: int, stop: int) -> Span:
-        """Bytes of elements [start, stop) of a tensor, as stored. Raises CheckpointError where they cannot be had."""
-        source = self.model.tensors[tensor]
-        item = ITEM_BYTES[source.dtype]
+    def read(self, tensor: str, start: int, stop: int) -> Operand:
+        """Elements [start, stop) of a parameter. Raises CheckpointError where they cannot be had."""
+        view = self.model.views[tensor]
         with self._counting:
-            self.requested_bytes += (stop - start) * item
+            self.requested_bytes += read_bytes(view, start, stop)
         try:
-            return self.reader.read(source.file, source.start + start * item, source.start + stop * item)
+            return view.read(self.files, start, stop)
         except OSError as error:  # gone since its header was read, or a failing disk
             reason = error.strerror or str(error)
+            files = " or ".join(sorted({piece.file for piece in view.pieces(start, stop)}))
             raise CheckpointError(
-                f"'{self.model.name}': {source.file} cannot be read: {reason}. Restore the file and run again."
+                f"'{self.model.name}': {files} cannot be read: {reason}. Restore the file and run again."
             ) from error
 
     def type(self, tensor: str) -> DType:
-        return TYPES[self.model.tensors[tensor].dtype]
+        """Of its operands."""
+        return TYPES[self.model.views[tensor].dtype]
 
     @contextmanager
-    def slice(self, tensor: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """(n,) elements as the histograms take them: float32, or uint16 holding bfloat16."""
-        span = self.read(tensor, start, stop)
+    def open(self, tensor: str, start: int, stop: int) -> Iterator[memoryview | Encoded]:
+        """The content of an operand, while it is looked at."""
+        operand = self.read(tensor, start, stop)
         try:
-            yield loadable(span.view, self.type(tensor))
+            yield operand.content
         finally:
-            span.release()
+            operand.release()
 
     def widened(self, tensor: str, start: int, stop: int) -> np.ndarray:
         """(n,) elements as float32, a copy."""
-        span = self.read(tensor, start, stop)
+        operand = self.read(tensor, start, stop)
         try:
-            return np.array(widened(span.view, self.type(tensor)))
+            return decoded(operand, 0, stop - start)
         finally:
-            span.release()
+            operand.release()
 
 
 @dataclass
@@ -97,11 +98,11 @@ class Counter:
     """Opened inputs of one plan; counts what statistics of them are asked for."""
 
     plan: MergePlan
-    reader: Callable[[Input], Reader]
+    open: Callable[[Input], Files]
 
     def __post_init__(self) -> None:
         models = (self.plan.base, *self.plan.operands, *self.plan.grams)
-        opened = {id(m): ModelReader(m, self.reader(m)) for m in models}
+        opened = {id(m): ModelReader(m, self.open(m)) for m in models}
         self._models = list(opened.values())
         self.base = opened[id(self.plan.base)]
         self.operands = [opened[id(m)] for m in self.plan.operands]
@@ -129,18 +130,25 @@ class Counter:
     def _observe_slice(self, tensor: str, start: int, stop: int, into: Observation) -> None:
         from ties_dist.kernels.histogram import count_magnitudes  # numba takes half a second to import
 
-        with self.base.slice(tensor, start, stop) as base:
+        with self.base.open(tensor, start, stop) as base:
             for number, reader in enumerate(self.experts):
                 wanted = [(i, h) for i, h in into.histograms.items() if i % len(self.experts) == number]
                 if not wanted:
                     continue
-                with reader.slice(tensor, start, stop) as values:
-                    before = wanted[0][1].nonfinite
-                    for _, h in wanted:
-                        count_magnitudes(base, values, h.coarse, h.fine, np.uint32(h.window.start_bits))
-                    found = wanted[0][1].nonfinite - before
-                if found:
+                before = wanted[0][1].nonfinite
+                with reader.open(tensor, start, stop) as expert:
+                    for one, other in self._pairs(tensor, base, reader, expert, stop - start):
+                        for _, h in wanted:
+                            count_magnitudes(one, other, h.coarse, h.fine, np.uint32(h.window.start_bits))
+                if found := wanted[0][1].nonfinite - before:
                     into.nonfinite[number, tensor] = into.nonfinite.get((number, tensor), 0) + found
+
+    def _pairs(
+        self, tensor: str, base: memoryview | Encoded, reader: ModelReader, expert: memoryview | Encoded, size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The base's and an expert's elements as the histograms take them: at once, or as they are decoded."""
+        for low, high in blocks((base, expert), size):
+            yield numbers(base, self.base.type(tensor), low, high), numbers(expert, reader.type(tensor), low, high)
 
     def count_ties(self, unit: WorkItem, bits: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Per counted tensor of a unit and per expert, how many |delta| have the pattern `bits[expert]`."""
@@ -149,26 +157,31 @@ class Counter:
         ties: dict[str, tuple[int, ...]] = {}
         for segment in self.segments(unit):
             if segment.tensor.counted:
-                with self.base.slice(segment.tensor.source, segment.start, segment.stop) as base:
+                tensor, start, stop = segment.tensor.source, segment.start, segment.stop
+                with self.base.open(tensor, start, stop) as base:
                     counts = []
-                    for expert, pattern in enumerate(bits):
-                        with self.experts[expert].slice(segment.tensor.source, segment.start, segment.stop) as values:
-                            counts.append(int(count_equal(base, values, np.uint32(pattern))))
-                ties[segment.tensor.source] = tuple(counts)
+                    for reader, pattern in zip(self.experts, bits, strict=True):
+                        with reader.open(tensor, start, stop) as expert:
+                            pairs = self._pairs(tensor, base, reader, expert, stop - start)
+                            counts.append(sum(int(count_equal(*pair, np.uint32(pattern))) for pair in pairs))
+                ties[tensor] = tuple(counts)
         return ties
 
     def find_tie(self, tensor: str, expert: int, bits: int, rank: int) -> int:
         """Flat index of the `rank`-th (from 0) element of a tensor whose |delta| has the pattern `bits`."""
         from ties_dist.kernels.histogram import count_equal, find_equal
 
-        numel = self.plan.sizes[tensor]
+        numel, reader = self.plan.sizes[tensor], self.experts[expert]
         for start in range(0, numel, SELECT_SLICE):
             stop = min(numel, start + SELECT_SLICE)
-            with self.base.slice(tensor, start, stop) as base, self.experts[expert].slice(tensor, start, stop) as e:
-                found = int(find_equal(base, e, np.uint32(bits), rank))
-                if found >= 0:
-                    return start + found
-                rank -= int(count_equal(base, e, np.uint32(bits)))
+            with self.base.open(tensor, start, stop) as base, reader.open(tensor, start, stop) as values:
+                at = start
+                for pair in self._pairs(tensor, base, reader, values, stop - start):
+                    found = int(find_equal(*pair, np.uint32(bits), rank))
+                    if found >= 0:
+                        return at + found
+                    rank -= int(count_equal(*pair, np.uint32(bits)))
+                    at += pair[0].size
         raise AssertionError(f"{tensor}: fewer entries at the threshold than counted")
 
     def count_nonfinite(self, tensor: str) -> dict[str, int]:

@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from ties_dist.checkpoints.forms.plain import Stored
 from ties_dist.compiler.kernel import KernelKind, MergeKernel
 from ties_dist.compiler.native import KernelStore
-from ties_dist.compiler.slices import Slice
+from ties_dist.compiler.slices import Slice, sliced, stored
 from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, TYPES, DType
 from ties_dist.methods.base import Cut, State
 from ties_dist.planning.layout import Segment, TensorSpec
-from ties_dist.storage.base import Span, Writer
+from ties_dist.storage.base import Writer
 from ties_dist.storage.buffers import Buffers
 from ties_dist.storage.digests import block_digests
 from ties_dist.thresholds import Cuts, from_bits, split_points
 from ties_dist.values.items import MergeResult, MergeTask, WorkItem
+from ties_dist.values.views import Encoded, Operand
 from ties_dist.worker.counting import Counter
 from ties_dist.worker.matrices import Matrices
 
@@ -76,22 +78,22 @@ class Worker(Counter):
         """
         signs, sampled, at = 0.0, 0, self.plan.counter_names.index("sign_sum")
         for (tensor, start, stop), weight in zip(slices, weights, strict=True):
-            spans = [m.read(tensor, start, stop) for m in self.operands]
-            written = self.base.model.tensors[tensor].dtype
+            operands = [m.read(tensor, start, stop) for m in self.operands]
+            written = self.base.model.views[tensor].dtype
             part = Part(
                 tensor=tensor,
                 written=written,
                 start=start,
                 stop=stop,
-                views=[span.view for span in spans],
+                contents=[operand.content for operand in operands],
                 cuts=cuts[tensor],
                 majority=1,
                 out=memoryview(bytearray((stop - start) * ITEM_BYTES[written])),
             )
             signs += weight * float(self.merge_parts([part])[0][at])
             sampled += stop - start
-            for span in spans:
-                span.release()
+            for operand in operands:
+                operand.release()
         return signs * sampled / max(1, self.plan.elements)
 
     def _build_state(
@@ -141,10 +143,7 @@ class Worker(Counter):
         types, out_type = self._types(part.tensor), TYPES[part.written]
         item = LOOP_BYTES[out_type]
         return Slice(
-            operands=[
-                view[low * LOOP_BYTES[kind] : high * LOOP_BYTES[kind]]
-                for view, kind in zip(part.views, types, strict=True)
-            ],
+            operands=[sliced(content, kind, low, high) for content, kind in zip(part.contents, types, strict=True)],
             types=types,
             state=self._state(*self._key(part.tensor), levels, part.majority),
             position=start,
@@ -159,14 +158,14 @@ class Worker(Counter):
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Elements [start, stop) of a tensor to be merged. views: their bytes in each operand; written: the type of `out`,
-    as in its header."""
+    """Elements [start, stop) of a tensor to be merged. contents: of each operand; written: the type of `out`, as in its
+    header."""
 
     tensor: str
     written: str
     start: int
     stop: int
-    views: Sequence[memoryview]
+    contents: Sequence[memoryview | Encoded]
     cuts: Cuts
     majority: int
     out: memoryview
@@ -178,16 +177,16 @@ class Part:
 
 @dataclass
 class Loaded:
-    """Spans of a unit's inputs: per segment, one per operand (merged), or one of what is copied: the base's, or of a
-    matrix that was merged before."""
+    """A unit's inputs: per segment, one for each operand (merged), or one of what is copied: the base's, or of a matrix
+    that was merged before."""
 
     segments: list[Segment]
-    spans: list[list[Span]]
+    operands: list[list[Operand]]
 
     def release(self) -> None:
-        for spans in self.spans:
-            for span in spans:
-                span.release()
+        for operands in self.operands:
+            for operand in operands:
+                operand.release()
 
 
 Computed = tuple[np.ndarray, dict[str, tuple[int, ...]], int]
@@ -213,15 +212,16 @@ class MergeStep:
 
     def load(self, task: MergeTask) -> Loaded:
         segments = self.worker.segments(task.item)
-        spans: list[list[Span]] = []
+        operands: list[list[Operand]] = []
         for s in segments:
             if self.is_solved(s.tensor):
                 item = s.tensor.item_bytes
-                spans.append([self.matrices.read(s.tensor.source, s.start * item, s.stop * item)])
+                span = self.matrices.read(s.tensor.source, s.start * item, s.stop * item)
+                operands.append([Stored(span, s.tensor.dtype)])
                 continue
             models = self.worker.operands if s.tensor.merged else [self.worker.base]
-            spans.append([m.read(s.tensor.source, s.start, s.stop) for m in models])
-        return Loaded(segments, spans)
+            operands.append([m.read(s.tensor.source, s.start, s.stop) for m in models])
+        return Loaded(segments, operands)
 
     def is_solved(self, tensor: TensorSpec) -> bool:
         """Whether a tensor was merged whole, and is copied from there."""
@@ -245,10 +245,10 @@ class MergeStep:
         counts: dict[str, tuple[int, ...]] = {}
         merged: list[Segment] = []
         parts: list[Part] = []
-        for (segment, at), spans in zip(worker.plan.layout.placed(item), loaded.spans, strict=True):
+        for (segment, at), operands in zip(worker.plan.layout.placed(item), loaded.operands, strict=True):
             place = out[at : at + segment.nbytes]
             if not segment.tensor.merged or self.is_solved(segment.tensor):
-                place[:] = spans[0].view
+                place[:] = stored(operands[0])
                 continue
             merged.append(segment)
             parts.append(
@@ -257,7 +257,7 @@ class MergeStep:
                     written=segment.tensor.dtype,
                     start=segment.start,
                     stop=segment.stop,
-                    views=[span.view for span in spans],
+                    contents=[operand.content for operand in operands],
                     cuts=task.cuts.get(segment.tensor.source, ()),
                     majority=task.majority,
                     out=place,

@@ -129,8 +129,8 @@ def test_shards_are_joined_by_their_index(tmp_path: Path) -> None:
 def test_only_headers_are_read(tmp_path: Path) -> None:
     raw = floats("a", numel=100_000)
     checkpoint = catalogue(folder(tmp_path, {"model.safetensors": raw}))
-    assert isinstance(checkpoint.reader, FolderReader)
-    assert checkpoint.reader.requested == len(raw) - 400_000
+    assert isinstance(checkpoint.opened.readers[0], FolderReader)
+    assert checkpoint.opened.readers[0].requested == len(raw) - 400_000
 
 
 def test_a_file_given_directly_is_the_whole_checkpoint(tmp_path: Path) -> None:

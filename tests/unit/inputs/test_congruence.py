@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from ties_dist.checkpoints.catalogue import Checkpoint
+from ties_dist.checkpoints.forms.known import parameters_of
 from ties_dist.checkpoints.header import TensorEntry
+from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.dtypes import DTYPE_BITS
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.congruence import EqualCheck, MergeSet, OutputTensor, compare
@@ -43,10 +45,11 @@ def checkpoint(
         start = stop
     return Checkpoint(
         name=name,
-        reader=NoReader(),
+        opened=OpenFiles((NoReader(),)),
         shards=("f",),
         files={},
         tensors=entries,
+        parameters=parameters_of(entries),
         config=config,
         metadata={},
         index_file=None,
@@ -248,9 +251,9 @@ def test_non_float_tensors_are_the_bases_and_checked_for_equality() -> None:
     assert merge_set.equal[0] == EqualCheck(
         reason="non_float",
         left_model=0,
-        left=base.tensors["ids"],
+        left=base.parameters["ids"],
         right_model=1,
-        right=one.tensors["ids"],
+        right=one.parameters["ids"],
         message="ids (I64 (1, 512), not merged): expert 'one' differs from the base. "
         "`non_float: base` takes the base's all the same.",
     )

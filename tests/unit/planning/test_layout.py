@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from ties_dist.checkpoints.forms.plain import Plain
 from ties_dist.errors import PlanError
 from ties_dist.messages import readable
 from ties_dist.methods import Linear, Ties
 from ties_dist.planning.layout import INDEX_NAME, TensorSpec, lay_out
-from ties_dist.planning.memory import fit_unit_bytes
+from ties_dist.planning.memory import fit, fit_unit_bytes
+from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import cut, gaps
 from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.values.inputs import Input
 from ties_dist.values.items import Range, WorkItem
 
 
@@ -120,3 +124,14 @@ def test_the_slices_of_an_item_lie_behind_each_other_in_its_buffer() -> None:
         ("a", 0, 4, 4096),
         ("b", 0, 3, first.size),
     ]
+
+
+def test_what_cannot_be_cut_is_refused_with_its_number() -> None:
+    @dataclass(frozen=True)
+    class Turned(Plain):
+        grain: int = 4096  # type: ignore[misc]
+
+    model = Input(name="fused", path="p", views={"w": Turned("f", 0, "F32")}, identity="i")
+    layout = lay_out([spec("w", 8)], {"w": "x.safetensors"})
+    with pytest.raises(PlanError, match=r"w of 'fused' can be read 4,096 elements at a time only"):
+        fit(Linear(), layout, [model, model], {}, Resources())

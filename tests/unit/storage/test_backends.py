@@ -16,6 +16,7 @@ from ties_dist.inputs.opening import opener
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.storage import backends
 from ties_dist.storage.backends import Facts, cached_share, choose, direct_works, look, memory_limit
+from ties_dist.storage.base import Reader
 from ties_dist.storage.readers import DirectReader, MappedReader, open_reader
 
 GIB = 1 << 30
@@ -148,12 +149,17 @@ def evict_models(job: Job, *names: str) -> None:
         pytest.skip("no direct I/O in the temporary folder")
 
 
+def reader_of_the_base(job: Job) -> type[Reader]:
+    opened = opener(job.plan.models, job.resources.backend, reread_bytes=job.plan.reread_bytes)
+    return type(opened(job.plan.base).readers[0])
+
+
 def test_each_model_is_read_by_its_own_choice_and_that_is_said_once(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     evict_models(job, "base", "expert-1")
     with caplog.at_level(logging.INFO, logger="ties_dist"):
         open_input = opener(job.plan.models, job.resources.backend, reread_bytes=job.plan.reread_bytes)
         opened = [open_input(model) for model in (*job.plan.models, job.plan.base)]
-    assert [type(reader) for reader in opened] == [DirectReader, MappedReader, DirectReader, DirectReader]
+    assert [type(files.readers[0]) for files in opened] == [DirectReader, MappedReader, DirectReader, DirectReader]
     said = [re.sub(r"\d %", "N %", record.getMessage()) for record in caplog.records]
     assert said == [
         "reads: 'base' by direct I/O (N % of it is cached)",
@@ -193,26 +199,12 @@ def test_a_merge_that_reads_twice_in_short_order_is_mapped(
     models = random_models({"w": (64, 64)}, experts=1)
     twice = prepare(merge_job(models, parameters={"density": 0.2, "weight": 1.0}), semantics="mergekit")
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        assert (
-            type(
-                opener(twice.plan.models, twice.resources.backend, reread_bytes=twice.plan.reread_bytes)(
-                    twice.plan.base
-                )
-            )
-            is MappedReader
-        )
+        assert reader_of_the_base(twice) is MappedReader
     assert "reads: 'base' by memory map (it is read twice, the second time from the page cache)" in caplog.text
 
 
 def test_of_small_models_nothing_is_said(merge_job: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
     small = prepare(merge_job(random_models({"w": (8, 8)}, experts=1)))
     with caplog.at_level(logging.INFO, logger="ties_dist"):
-        assert (
-            type(
-                opener(small.plan.models, small.resources.backend, reread_bytes=small.plan.reread_bytes)(
-                    small.plan.base
-                )
-            )
-            is MappedReader
-        )
+        assert reader_of_the_base(small) is MappedReader
     assert caplog.text == ""
