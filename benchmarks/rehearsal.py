@@ -42,7 +42,6 @@ from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import identify
 from ties_dist.methods.known import METHODS
-from ties_dist.output.report import peak_rss_bytes
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job, assemble
@@ -53,6 +52,7 @@ from ties_dist.storage.buffers import Buffers
 from ties_dist.storage.digests import output_digest
 from ties_dist.storage.readers import LocalSpan
 from ties_dist.values.items import MergeTask, blocks_by_file
+from ties_dist.values.machine import peak_rss_bytes
 from ties_dist.worker.merging import MergeStep, Worker
 
 POOL_ELEMENTS = 4_194_301

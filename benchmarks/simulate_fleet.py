@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.measure import table, write_report
+from ties_dist.executors.base import Step, Workplace
 from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order
 from ties_dist.values.items import MergeResult, MergeTask, Range, WorkItem
-from ties_dist.worker.merging import MergeStep
-from ties_dist.worker.site import Site
 
 MIB = 1 << 20
 EXPLAINED = """**Simulated**, not measured: the real hand-out and retry code under a clock that is turned forward. What
@@ -63,7 +62,7 @@ class SimulatedFleet:
     def wanted(self) -> int:
         return self.workers
 
-    def open(self, site: Site) -> None:
+    def open(self, workplace: Workplace[object]) -> None:
         for _ in range(self.workers):
             self._start(0.0)
 
@@ -195,10 +194,11 @@ def simulate(case: Case, seed: int = 0) -> Outcome:
     )
     executor = FleetExecutor(fleet)
     began = time.process_time()
-    executor.start(cast(Site, None))
+    executor.start(cast(Workplace[object], None))
     first, merged, curve = fleet.clock, set[WorkItem](), [0.0]
-    tasks = executor.map_unordered(cast(MergeStep, None), units, lambda unit: MergeTask(item=unit, cuts={}, majority=1))
-    for count, result in enumerate(tasks, 1):
+    step = cast("Step[MergeTask, None, None, MergeResult]", None)  # nobody merges
+    results = executor.map_unordered(step, units, lambda unit: MergeTask(item=unit, cuts={}, majority=1))
+    for count, result in enumerate(results, 1):
         merged.add(result.item)
         curve += [fleet.clock - first] * (count * 20 // len(units) - len(curve) + 1)
     if not count == len(merged) == len(units):

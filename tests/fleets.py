@@ -8,13 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
+from ties_dist.executors.base import Workplace
 from ties_dist.executors.fleet import ORDERS_AT_ONCE
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.executors.orders import Answered, Event, Joined, Lost, Order, perform
-from ties_dist.worker.merging import MergeStep
-from ties_dist.worker.site import Site
+from ties_dist.executors.orders import Answered, AnyBench, Event, Joined, Lost, Order, perform
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,9 @@ class GivenUp:
 class ThreadFleet:
     """Workers that are threads here. nodes: of the workers, in turn. step: what they all work with."""
 
+    step: AnyBench
+
     def __init__(self, *, workers: int = 2, threads: int = 1, nodes: tuple[str, ...] = ("a", "b")) -> None:
-        self.step: MergeStep = cast(MergeStep, None)
         self.wanted = workers
         self.threads, self.nodes = threads, nodes
         self.excluded: set[str] = set()
@@ -43,7 +42,7 @@ class ThreadFleet:
         self.before: Callable[[str, Order], None] = lambda worker, order: None
         """Called in a worker before it begins an order: may raise, hang, or lose the worker."""
 
-    def open(self, site: Site) -> None:
+    def open(self, workplace: Workplace[object]) -> None:
         self._fill()
 
     def _fill(self) -> None:

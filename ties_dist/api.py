@@ -5,19 +5,18 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.compiler.kernel import KernelKind
 from ties_dist.engine.run import run
-from ties_dist.executors.base import Cluster, Executor
-from ties_dist.executors.local import LocalExecutor
+from ties_dist.executors.base import Cluster
+from ties_dist.executors.create import Device, ExecutorName, staff
 from ties_dist.inputs.opening import opener
 from ties_dist.output.folder import OutFolder
 from ties_dist.output.report import MergeReport
@@ -32,14 +31,9 @@ from ties_dist.thresholds import predict
 from ties_dist.values.views import read_bytes
 from ties_dist.worker.merging import Worker
 
-if TYPE_CHECKING:
-    from ties_dist.compiler.cuda import Gpus
-
 Recipe = Path | str | Mapping[str, object]
 """A file, YAML text (a str of more than one line), or the document itself."""
-ExecutorName = Literal["auto", "local", "ray"]
 ThresholdPass = Literal["auto", "speculate", "scan"]
-Device = Literal["auto", "cpu", "cuda"]
 
 
 def merge(
@@ -79,14 +73,14 @@ def merge(
     """
     cache = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     stop = stop or threading.Event()
-    with _staff(executor, device, threads, cluster or Cluster(), stop) as staff:
+    with staff(executor, device, threads, cluster or Cluster(), stop) as hired:
         resources = Resources(
-            threads=staff.threads,
+            threads=hired.threads,
             memory_budget=memory_budget,
             unit_bytes=unit_size,
             kernel=kernel,
             kernel_cache=cache / KERNELS,
-            gpu_slots=staff.gpu_slots,
+            gpu_slots=hired.gpu_slots,
             backend=read_backend,
         )
         job = prepare(
@@ -101,7 +95,7 @@ def merge(
         return run(
             job,
             Path(out),
-            executor=staff.executor,
+            executor=hired.executor,
             progress=progress or LogProgress(),
             store=StatisticsStore(cache),
             fresh=fresh,
@@ -110,51 +104,12 @@ def merge(
             trust_journal=trust_journal,
             speculate={"auto": None, "speculate": True, "scan": False}[threshold_pass],
             stop=stop,
-            gpus=staff.gpus,
+            gpus=hired.gpus,
         )
 
 
 def _source(recipe: Recipe) -> Recipe:
     return Path(recipe) if isinstance(recipe, str) and "\n" not in recipe else recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Staff:
-    """Who does a merge. threads, gpu_slots: of one worker process; gpus: of this one."""
-
-    executor: Executor
-    threads: int
-    gpu_slots: int = 0
-    gpus: Gpus | None = None
-
-
-@contextmanager
-def _staff(
-    executor: ExecutorName, device: Device, threads: int | None, cluster: Cluster, stop: threading.Event
-) -> Iterator[Staff]:
-    """For the length of a merge: this process and its GPUs, or the workers of a cluster."""
-    if executor == "ray":
-        from ties_dist.executors.fleet import FleetExecutor
-        from ties_dist.executors.ray import RayFleet
-
-        with closing(RayFleet(cluster, threads=threads, gpu=device == "cuda")) as fleet:
-            yield Staff(
-                executor=FleetExecutor(fleet, stop, start_seconds=cluster.start_seconds),
-                threads=fleet.threads,
-                gpu_slots=fleet.gpu_slots,
-            )
-        return
-    count = Resources(threads=threads).thread_count
-    if device != "cuda":
-        yield Staff(executor=LocalExecutor(count, stop), threads=count)
-        return
-    from ties_dist.compiler import cuda
-
-    with closing(cuda.Gpus(cuda.load_driver(), count)) as gpus:
-        slots = len(gpus.slots)
-        yield Staff(
-            executor=LocalExecutor(count, stop, computing=slots or None), threads=count, gpu_slots=slots, gpus=gpus
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ tests run whole merges over an executor that misbehaves.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import threading
 import time
@@ -14,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -23,20 +23,20 @@ import pytest
 import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.fleets import ThreadFleet
+from tests.one_thread import OneThread
 from ties_dist.engine import run as engine
 from ties_dist.errors import StoppedError, UnitError
-from ties_dist.executors.base import Executor, Fold, Ledger, Usage
+from ties_dist.executors.base import Executor, Usage, Workplace
 from ties_dist.executors.fleet import MAX_ATTEMPTS, FleetExecutor
+from ties_dist.executors.ledger import Ledger
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.planning.memory import UNITS_AROUND
 from ties_dist.planning.options import Resources
 from ties_dist.planning.prepare import prepare
 from ties_dist.progress import LogProgress
 from ties_dist.thresholds import Histogram, Window
-from ties_dist.values.items import MergeResult, MergeTask, Range, WorkItem
-from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeStep, Worker
-from ties_dist.worker.site import Site
+from ties_dist.values.items import UNITS_AROUND, MergeResult, MergeTask, Range, WorkItem
+from ties_dist.values.observation import Observation
+from ties_dist.worker.merging import Worker
 
 PROMPT_SECONDS = 20.0
 """An error or a stop that takes longer has been waited for, not raised."""
@@ -62,6 +62,8 @@ def described(asked: WorkItem) -> MergeTask:
 class CountingStep:
     """Stands in for `MergeStep`. fail: raises in that step of that unit, by number."""
 
+    requested_bytes = 0
+
     fail: tuple[str, int] | None = None
     seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -70,8 +72,6 @@ class CountingStep:
     computing: int = 0
     most_computing: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    worker: Any = field(default_factory=lambda: SimpleNamespace(requested_bytes=0))
-    writer: Any = field(default_factory=lambda: SimpleNamespace(sync=lambda names: None))
 
     def _enter(self, step: str, task: MergeTask) -> None:
         with self.lock:
@@ -102,9 +102,9 @@ class CountingStep:
             self.stored.append(task.item)
         return MergeResult(item=task.item, state_digest="", majority=1, blocks=(), counts={}, dependent=0)
 
-    @property
-    def step(self) -> MergeStep:
-        return cast(MergeStep, self)
+    def sync(self, results: Sequence[MergeResult]) -> None: ...
+
+    def warm_up(self) -> None: ...
 
 
 def observed(number: int) -> Histogram:
@@ -116,24 +116,29 @@ def observed(number: int) -> Histogram:
 
 @dataclass
 class CountingFold:
-    """Stands in for `Worker.observe`. fail: the unit it raises at, by number."""
+    """Stands in for `Observe`. fail: the unit it raises at, by number."""
 
     fail: int | None = None
     seconds: float = 0.0
     folded: Counter[WorkItem] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, step: MergeStep, unit: WorkItem, into: Observation) -> None:
+    def empty(self) -> Observation:
+        return Observation()
+
+    def __call__(self, step: object, unit: WorkItem, into: Observation) -> None:
         number = unit.ranges[0].start >> 20
         with self.lock:
             self.folded[unit] += 1
         if number == self.fail:
             raise OSError(f"unit {number} cannot be read")
         time.sleep(self.seconds)
-        into.add(Observation(units={unit}, histograms={0: observed(number)}))
+        into.add(Observation(items={unit}, histograms={0: observed(number)}))
 
 
-NO_STEP = CountingStep().step
+Sums = Ledger[WorkItem, Observation]
+NO_STEP = CountingStep()
+NOWHERE = cast(Workplace[object], None)
 
 
 class ExecutorContract:
@@ -144,6 +149,8 @@ class ExecutorContract:
     """What an error of a step, a fold or a call is raised as."""
     attempts = 1
     """Before that."""
+    sums_come_once = True
+    """Whether no partial is repeated: nobody may count on it."""
 
     @pytest.fixture
     def stop(self) -> threading.Event:
@@ -169,7 +176,7 @@ class ExecutorContract:
         self, count: int, executor: Executor
     ) -> None:
         step, results = CountingStep(), []
-        for result in executor.map_unordered(step.step, units(count), described):
+        for result in executor.map_unordered(step, units(count), described):
             assert result.item in step.stored
             results.append(result.item)
         assert sorted(results) == [unit(i) for i in range(count)] == sorted(step.stored)
@@ -182,13 +189,13 @@ class ExecutorContract:
             assert drawn[0] - yielded[0] <= self.window
             return described(asked)
 
-        for _ in executor.map_unordered(CountingStep(seconds=0.001).step, units(60), counted):
+        for _ in executor.map_unordered(CountingStep(seconds=0.001), units(60), counted):
             yielded[0] += 1
         assert yielded == [60]
 
     def test_a_slow_consumer_is_waited_for(self, executor: Executor) -> None:
         step = CountingStep()
-        results = executor.map_unordered(step.step, units(), described)
+        results = executor.map_unordered(step, units(), described)
         next(results)
         time.sleep(0.1)
         assert step.done["load"] <= self.window + 1
@@ -198,7 +205,7 @@ class ExecutorContract:
     def test_an_error_is_raised_at_once_not_after_the_rest(self, failing: str, executor: Executor) -> None:
         step, began = CountingStep(fail=(failing, 10), seconds=0.001), time.monotonic()
         with pytest.raises(self.failure, match=f"{failing} of unit 10"):
-            for _ in executor.map_unordered(step.step, units(), described):  # without end: only an error ends it
+            for _ in executor.map_unordered(step, units(), described):  # without end: only an error ends it
                 pass
         assert time.monotonic() - began < PROMPT_SECONDS
         assert step.done["load"] <= 10 + 2 * self.attempts * self.window
@@ -210,14 +217,14 @@ class ExecutorContract:
             return described(asked)
 
         with pytest.raises(ValueError, match="no cut for a tensor"):
-            list(executor.map_unordered(CountingStep().step, units(10), broken))
+            list(executor.map_unordered(CountingStep(), units(10), broken))
 
     def test_a_stop_raises_after_everything_written_was_reported(
         self, executor: Executor, stop: threading.Event
     ) -> None:
         step, results = CountingStep(seconds=0.001), []
         with pytest.raises(StoppedError, match="Run the same command again to resume"):
-            for result in executor.map_unordered(step.step, units(), described):
+            for result in executor.map_unordered(step, units(), described):
                 results.append(result.item)
                 if len(results) == 5:
                     stop.set()
@@ -228,12 +235,12 @@ class ExecutorContract:
         stop.set()
         step = CountingStep()
         with pytest.raises(StoppedError, match="stopped"):
-            list(executor.map_unordered(step.step, units(), described))
+            list(executor.map_unordered(step, units(), described))
         assert step.stored == []
 
     def test_a_consumer_that_gives_up_ends_the_work(self, executor: Executor) -> None:
         step = CountingStep(seconds=0.001)
-        results = executor.map_unordered(step.step, units(), described)
+        results = executor.map_unordered(step, units(), described)
         next(results)
         cast(Any, results).close()
         time.sleep(0.05)  # the units at hand end
@@ -245,17 +252,17 @@ class ExecutorContract:
 
     @pytest.mark.parametrize("count", [0, 1, 2, 5, 300])
     def test_partials_cover_every_unit_exactly_once(self, count: int, executor: Executor) -> None:
-        fold = CountingFold()
-        total, covered = Observation(), []
+        fold, ledger = CountingFold(), Ledger(units(count), Observation())
         for partial in executor.reduce(NO_STEP, fold, units(count)):
-            covered += partial.units
-            total.add(partial)
-        assert sorted(covered) == units(count)
+            accepted = ledger.accept(partial)
+            assert accepted or not self.sums_come_once
+        assert not ledger.missing
         assert fold.folded == Counter(units(count))
         if count:
-            expected = np.zeros(len(total.histograms[0].coarse), np.int64)
+            total = ledger.total.histograms[0].coarse
+            expected = np.zeros(len(total), np.int64)
             expected[:count] = np.arange(1, count + 1)
-            assert np.array_equal(total.histograms[0].coarse, expected)
+            assert np.array_equal(total, expected)
 
     def test_an_error_in_a_fold_is_raised_at_once_not_after_the_rest(self, executor: Executor) -> None:
         fold, began = CountingFold(fail=10, seconds=0.001), time.monotonic()
@@ -268,18 +275,18 @@ class ExecutorContract:
     def test_a_stop_ends_a_reduction_after_the_units_at_hand_are_reported(
         self, executor: Executor, stop: threading.Event
     ) -> None:
-        fold, covered = CountingFold(seconds=0.001), []
+        class Stopping(CountingFold):
+            def __call__(self, step: object, unit: WorkItem, into: Observation) -> None:
+                super().__call__(step, unit, into)
+                if len(self.folded) == 20:
+                    stop.set()
 
-        def stopped(step: MergeStep, unit: WorkItem, into: Observation) -> None:
-            fold(step, unit, into)
-            if len(fold.folded) == 20:
-                stop.set()
-
+        fold, ledger = Stopping(seconds=0.001), Ledger(units(5_000), Observation())
         with pytest.raises(StoppedError, match="Run the same command again to resume"):
-            for partial in executor.reduce(NO_STEP, stopped, units(5_000)):
-                covered += partial.units
-        assert Counter(covered) == fold.folded
-        assert 20 <= len(covered) < 100
+            for partial in executor.reduce(NO_STEP, fold, units(5_000)):
+                ledger.accept(partial)
+        assert Counter(ledger.total.items) == fold.folded
+        assert 20 <= len(ledger.total.items) < 100
 
     def test_a_reduction_that_nobody_wants_any_more_ends(self, executor: Executor) -> None:
         fold = CountingFold(seconds=0.001)
@@ -301,7 +308,7 @@ class ExecutorContract:
     def test_an_error_in_a_call_is_raised_at_once(self, executor: Executor) -> None:
         asked: list[int] = []
 
-        def fail(_: MergeStep, number: int) -> int:
+        def fail(_: object, number: int) -> int:
             asked.append(number)
             if number == 3:
                 raise OSError("tensor 3 cannot be read")
@@ -315,7 +322,7 @@ class ExecutorContract:
     def test_a_stop_ends_the_calls(self, executor: Executor, stop: threading.Event) -> None:
         answered: list[int] = []
 
-        def answer(_: MergeStep, number: int) -> int:
+        def answer(_: object, number: int) -> int:
             answered.append(number)
             if number == 10:
                 stop.set()
@@ -324,6 +331,15 @@ class ExecutorContract:
         with pytest.raises(StoppedError, match="stopped"):
             list(executor.call(NO_STEP, answer, range(100_000)))
         assert len(answered) < 100
+
+
+class TestOneThread(ExecutorContract):
+    window = 1
+    sums_come_once = False
+
+    @pytest.fixture
+    def executor(self, stop: threading.Event) -> Executor:
+        return OneThread(stop=stop)
 
 
 class LocalExecutorContract(ExecutorContract):
@@ -339,14 +355,14 @@ class LocalExecutorContract(ExecutorContract):
 
     def test_as_many_compute_at_once_as_there_are_threads(self, executor: Executor) -> None:
         step = CountingStep(seconds=0.01)
-        list(executor.map_unordered(step.step, units(20), described))
+        list(executor.map_unordered(step, units(20), described))
         assert step.most_computing == self.threads
 
     def test_what_is_not_computed_yet_is_dropped_when_stopped(self, executor: Executor, stop: threading.Event) -> None:
         step = CountingStep(compute_seconds=0.2)
         results = []
         with pytest.raises(StoppedError):
-            for result in executor.map_unordered(step.step, units(), described):
+            for result in executor.map_unordered(step, units(), described):
                 results.append(result.item)
                 stop.set()
         assert sorted(results) == sorted(step.stored)  # what is written is told
@@ -365,20 +381,18 @@ class TestLocalExecutorWithTwoThreads(LocalExecutorContract):
 class ThreadFleetExecutor(FleetExecutor):
     """Its workers do what the test's own step does."""
 
-    def _with(self, step: MergeStep) -> None:
+    def _with(self, step: Any) -> FleetExecutor:
         cast(ThreadFleet, self.fleet).step = step
+        return super()
 
-    def map_unordered(self, step: MergeStep, units: Any, describe: Any) -> Iterator[MergeResult]:
-        self._with(step)
-        return super().map_unordered(step, units, describe)
+    def map_unordered(self, step: Any, *asked: Any) -> Iterator[Any]:
+        return self._with(step).map_unordered(step, *asked)
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
-        self._with(step)
-        return super().reduce(step, fold, units)
+    def reduce(self, step: Any, *asked: Any) -> Iterator[Any]:
+        return self._with(step).reduce(step, *asked)
 
-    def call(self, step: MergeStep, function: Any, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        self._with(step)
-        return super().call(step, function, items)
+    def call(self, step: Any, *asked: Any) -> Iterator[Any]:
+        return self._with(step).call(step, *asked)
 
 
 class TestFleetExecutor(ExecutorContract):
@@ -393,7 +407,7 @@ class TestFleetExecutor(ExecutorContract):
         monkeypatch.setattr("ties_dist.executors.fleet.ORDER_SECONDS", {"merge": 0.0, "fold": 0.01, "call": 0.0})
         fleet = ThreadFleet(workers=2)
         executor = ThreadFleetExecutor(fleet, stop)
-        executor.start(cast(Site, None))
+        executor.start(NOWHERE)
         yield executor
         fleet.close()
 
@@ -405,10 +419,10 @@ def partial_of(*numbers: int) -> Observation:
     histogram = Histogram(Window(0, 0))
     for number in numbers:
         histogram.add(observed(number))
-    return Observation(units={unit(i) for i in numbers}, histograms={0: histogram})
+    return Observation(items={unit(i) for i in numbers}, histograms={0: histogram})
 
 
-def counts(ledger: Ledger) -> dict[int, int]:
+def counts(ledger: Sums) -> dict[int, int]:
     """number of a unit -> what was counted of it."""
     if 0 not in ledger.total.histograms:
         return {}
@@ -418,45 +432,45 @@ def counts(ledger: Ledger) -> dict[int, int]:
 
 class TestLedger:
     @pytest.fixture
-    def ledger(self) -> Ledger:
-        return Ledger(unit(i) for i in range(5))
+    def ledger(self) -> Sums:
+        return Ledger((unit(i) for i in range(5)), Observation())
 
-    def test_disjoint_partials_add_up(self, ledger: Ledger) -> None:
+    def test_disjoint_partials_add_up(self, ledger: Sums) -> None:
         assert ledger.accept(partial_of(0, 3))
         assert ledger.accept(partial_of(1))
         assert ledger.missing == {unit(2), unit(4)}
         assert counts(ledger) == {0: 1, 1: 2, 3: 4}
 
-    def test_a_repeated_partial_is_dropped(self, ledger: Ledger) -> None:
+    def test_a_repeated_partial_is_dropped(self, ledger: Sums) -> None:
         assert ledger.accept(partial_of(0, 1))
         assert not ledger.accept(partial_of(0, 1))
         assert counts(ledger) == {0: 1, 1: 2}
 
-    def test_a_partial_that_overlaps_is_dropped_whole_and_its_rest_stays_missing(self, ledger: Ledger) -> None:
+    def test_a_partial_that_overlaps_is_dropped_whole_and_its_rest_stays_missing(self, ledger: Sums) -> None:
         assert ledger.accept(partial_of(0, 1))
         assert not ledger.accept(partial_of(1, 2))
         assert ledger.missing == {unit(2), unit(3), unit(4)}
         assert counts(ledger) == {0: 1, 1: 2}
 
-    def test_a_partial_of_units_nobody_asked_for_is_dropped_whole(self, ledger: Ledger) -> None:
+    def test_a_partial_of_units_nobody_asked_for_is_dropped_whole(self, ledger: Sums) -> None:
         assert not ledger.accept(partial_of(4, 5))
-        assert not ledger.accept(Observation(units={WorkItem((Range("model.safetensors", 0, 77),))}))
+        assert not ledger.accept(Observation(items={WorkItem((Range("model.safetensors", 0, 77),))}))
         assert counts(ledger) == {}
         assert len(ledger.missing) == 5
 
-    def test_an_empty_partial_is_dropped(self, ledger: Ledger) -> None:
+    def test_an_empty_partial_is_dropped(self, ledger: Sums) -> None:
         assert not ledger.accept(Observation())
 
-    def test_a_late_partial_after_the_end_is_dropped(self, ledger: Ledger) -> None:
+    def test_a_late_partial_after_the_end_is_dropped(self, ledger: Sums) -> None:
         assert ledger.accept(partial_of(0, 1, 2, 3, 4))
         assert not ledger.missing
         assert not ledger.accept(partial_of(3))
         assert counts(ledger) == {0: 1, 1: 2, 2: 3, 3: 4, 4: 5}
 
-    def test_whatever_the_order_and_the_repeats_the_total_is_the_same(self, ledger: Ledger) -> None:
+    def test_whatever_the_order_and_the_repeats_the_total_is_the_same(self, ledger: Sums) -> None:
         parts = [(0, 2), (1,), (2, 3), (3, 4), (0,), (3,), (4,)]
         for order in itertools.permutations(parts):
-            ledger = Ledger(unit(i) for i in range(5))
+            ledger = Ledger((unit(i) for i in range(5)), Observation())
             for part in order:
                 ledger.accept(partial_of(*part))
             for left in sorted(ledger.missing):  # asked for again
@@ -480,26 +494,26 @@ class UnreliableExecutor:
     def usage(self) -> Usage:
         return self.inner.usage
 
-    def start(self, site: Site) -> None:
-        self.inner.start(site)
+    def start(self, workplace: Workplace[object]) -> None:
+        self.inner.start(workplace)
 
-    def map_unordered(self, step: MergeStep, units: Any, describe: Any) -> Iterator[MergeResult]:
-        for result in self.inner.map_unordered(step, units, describe):
+    def map_unordered(self, *asked: Any) -> Iterator[Any]:
+        for result in self.inner.map_unordered(*asked):
             yield result
             yield result
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
+    def reduce(self, *asked: Any) -> Iterator[Any]:
         self.rounds += 1
         late, self.late = self.late, []
-        for i, found in enumerate(self.inner.reduce(step, fold, units)):
+        for i, found in enumerate(self.inner.reduce(*asked)):
             self.late.append(copy.deepcopy(found))
             if i % 2:
                 yield copy.deepcopy(found)
                 yield copy.deepcopy(found)
             yield from (copy.deepcopy(old) for old in late)
 
-    def call(self, step: MergeStep, function: Any, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        return self.inner.call(step, function, items)
+    def call(self, *asked: Any) -> Iterator[Any]:
+        return self.inner.call(*asked)
 
 
 @pytest.mark.parametrize("tie_policy", ["keep_all", "exact_k"])
@@ -518,6 +532,20 @@ def test_lost_late_and_repeated_partials_change_nothing(
     assert [(e.kept_fraction, e.tie_fraction, e.threshold) for e in report.experts] == [
         (e.kept_fraction, e.tie_fraction, e.threshold) for e in expected.experts
     ]
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_policy": "exact_k"}, {"trim_scope": "tensor"}], ids=str)
+def test_an_executor_of_a_few_lines_carries_a_whole_merge(
+    options: dict[str, str], merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    models = random_models({"a.weight": (1024, 640), "b.weight": (1024, 640)}, experts=2)
+    recipe = merge_job(models, options=options)
+    expected = ties_dist.merge(recipe, tmp_path / "undisturbed", cache_dir=tmp_path / "one", unit_size=1 << 20)
+    job = prepare(recipe, resources=Resources(unit_bytes=1 << 20))
+    report = engine.run(job, tmp_path / "out", executor=OneThread(), progress=LogProgress())
+    assert report.output_digest == expected.output_digest
+    assert (report.executor, report.thresholds_from) == ("one thread", "scan")
+    assert len(Path(inspect.getfile(OneThread)).read_text().splitlines()) <= 60
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from ties_dist.executors import ray as ray_executor
-from ties_dist.executors.orders import Answer, Answered, Event, Order
+from ties_dist.executors.orders import Answer, Answered, Ask, Event, Order
 from ties_dist.storage.local import write_durably
 
 WORKER_FAULTS = (
@@ -59,7 +59,7 @@ class Drilled(ray_executor.Worker):
 
     def ready(self) -> Any:
         answer = super().ready()
-        if not answer[1]:
+        if not answer[1].problems:
             self._segments, self.step.worker.segments = self.step.worker.segments, self.read  # type: ignore[method-assign]
             self._opened, self.step.writer._open = self.step.writer._open, self.opened  # type: ignore[attr-defined]
             self._written, self.step.writer._write_direct = self.step.writer._write_direct, self.written  # type: ignore[attr-defined]
@@ -72,8 +72,8 @@ class Drilled(ray_executor.Worker):
             _hit(self.folder, fault)
             self.fail(fault)
         self.next = fault or self.next
-        if fault in ("unit raises", "error cannot travel") and order.kind == "call":
-            order = replace(order, operation=lambda step, item: self._meet())
+        if fault in ("unit raises", "error cannot travel") and order.work.kind == "call":
+            order = replace(order, work=Ask(lambda step, item: self._meet()))
         return super().perform(order)
 
     def fail(self, fault: str) -> None:

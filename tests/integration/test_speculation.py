@@ -18,7 +18,7 @@ from ties_dist.planning.prepare import prepare
 from ties_dist.planning.sample import sample_slices
 from ties_dist.thresholds import ModelCut, Prediction, Threshold, Window, to_bits
 from ties_dist.values.items import WorkItem
-from ties_dist.worker.counting import Observation
+from ties_dist.values.observation import Observation
 from ties_dist.worker.merging import Worker
 
 SHAPES = {f"layers.{i}.weight": (700, 901) for i in range(4)} | {"norm.weight": (701,)}

@@ -154,24 +154,24 @@ def test_a_failing_output_is_named_and_the_rest_can_be_resumed(tmp_path: Path, m
 
 
 def test_a_unit_is_loaded_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, calls = write_job(tmp_path, late_majority(9 * 64 * 4608)), {"load": 0, "merge": 0}
-    load, merge = MergeStep.load, MergeStep.merge
+    recipe, calls = write_job(tmp_path, late_majority(9 * 64 * 4608)), {"load": 0, "compute": 0}
+    load, compute = MergeStep.load, MergeStep.compute
 
     def counted_load(self: MergeStep, *arguments: Any) -> Any:
         calls["load"] += 1
         return load(self, *arguments)
 
-    def counted_merge(self: MergeStep, *arguments: Any) -> Any:
-        calls["merge"] += 1
-        return merge(self, *arguments)
+    def counted_compute(self: MergeStep, *arguments: Any) -> Any:
+        calls["compute"] += 1
+        return compute(self, *arguments)
 
     monkeypatch.setattr(MergeStep, "load", counted_load)
-    monkeypatch.setattr(MergeStep, "merge", counted_merge)
+    monkeypatch.setattr(MergeStep, "compute", counted_compute)
     monkeypatch.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
     done = ties_dist.sweep(recipe, tmp_path / "out", lam=[1.0, 2.0, 3.0], unit_size=MIB, cache_dir=tmp_path / "c")
     units, redone = done[0].report.units, [s.report.redone_units for s in done]
     assert redone[0] > 0 and len(set(redone)) == 1
-    assert calls == {"load": units + redone[0], "merge": 3 * (units + redone[0])}
+    assert calls == {"load": units + redone[0], "compute": 3 * (units + redone[0])}
 
 
 @pytest.mark.slow

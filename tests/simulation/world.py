@@ -22,19 +22,19 @@ import pytest
 import torch
 
 from tests.conftest import random_models, write_job
+from tests.one_thread import OneThread
 from tests.simulation.disk import Disk, PowerCut, remove
 from ties_dist.engine import run as engine
-from ties_dist.errors import LockedError, OutputError, TiesDistError, UnitError
+from ties_dist.errors import LockedError, OutputError, UnitError
 from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order
+from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order, perform
 from ties_dist.inputs.opening import opener
 from ties_dist.output.lock import Holder, RunLock
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.options import Resources
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.storage.local import LocalWriter
-from ties_dist.worker.counting import Observation
 from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.site import Site
 
@@ -103,7 +103,7 @@ class FakeFleet:
             held = [order for name, order in self._orders if name == worker]
             self._orders = [(name, order) for name, order in self._orders if name != worker]
             if held and self.draw.random() < 0.5:  # it lives, and does what it was told after all
-                self.late_writes.append(partial(_quietly, step, held))
+                self.late_writes.append(partial(self._quietly, step, held))
             self._start()
 
     def exclude(self, node: str) -> None: ...
@@ -128,7 +128,7 @@ class FakeFleet:
         if chance < self.faults.die:
             step = self._steps.pop(worker)
             if self.draw.random() < 0.5:
-                _quietly(step, [order], only=self.draw.randint(0, len(order.items)))  # some of it was written
+                self._quietly(step, [order], only=self.draw.randint(0, len(order.items)))  # some of it was written
             self._orders = [(name, each) for name, each in self._orders if name != worker]
             self._events.append(Lost(worker=worker, reason="died", blameless=self.draw.random() < 0.5))
             self._start()
@@ -140,12 +140,22 @@ class FakeFleet:
             return
         chance -= self.faults.late
         if chance < self.faults.error:
-            answer = Answer(done=(), values=Observation() if order.kind == "fold" else [], error=OSError("a hiccup"))
+            answer = Answer(error=OSError("a hiccup"))
         else:
-            answer = sequentially(order, self._steps[worker])
+            answer = self._perform(order, self._steps[worker])
         self._events.append(Answered(worker=worker, number=order.number, answer=answer))
         if chance - self.faults.error < self.faults.twice:
             self._events.append(Answered(worker=worker, number=order.number, answer=answer))
+
+    def _perform(self, order: Order, step: MergeStep) -> Answer:
+        """In one thread: what happens must follow from the seed."""
+        return perform(order, step, OneThread(self.draw, odd=0.0))
+
+    def _quietly(self, step: MergeStep, orders: list[Order], only: int | None = None) -> None:
+        """What a worker does that nobody hears of any more."""
+        for order in orders:
+            if order.work.kind == "merge":
+                self._perform(replace(order, items=order.items[:only]), step)
 
     def now(self) -> float:
         return self.clock.monotonic()
@@ -156,35 +166,6 @@ class FakeFleet:
         return "nobody"
 
     def close(self) -> None: ...
-
-
-def sequentially(order: Order, step: MergeStep) -> Answer:
-    """`perform` without threads: what happens must follow from the seed."""
-    values: list[Any] = []
-    total = Observation()
-    done = 0
-    error: Exception | None = None
-    try:
-        for item in order.items:
-            if order.kind == "merge":
-                values.append(step.store(item, step.compute(item, step.load(item))))
-            elif order.kind == "fold":
-                order.operation(step, item, total)
-            else:
-                values.append(order.operation(step, item))
-            done += 1
-        if order.kind == "merge":
-            step.writer.sync(sorted({result.item.ranges[0].file for result in values}))
-    except (TiesDistError, OSError) as raised:
-        values, total, done, error = [], Observation(), 0, raised
-    return Answer(done=tuple(range(done)), values=total if order.kind == "fold" else values, error=error)
-
-
-def _quietly(step: MergeStep, orders: list[Order], only: int | None = None) -> None:
-    """What a worker does that nobody hears of any more."""
-    for order in orders:
-        if order.kind == "merge":
-            sequentially(replace(order, items=order.items[:only]), step)
 
 
 class Quiet:

@@ -31,7 +31,6 @@ from ties_dist.executors.base import check_stop
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import opener
 from ties_dist.methods.base import TrimRule
-from ties_dist.output.report import peak_rss_bytes
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job, prepare
@@ -45,6 +44,7 @@ from ties_dist.storage.memory import MemoryWriter
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import predict, to_bits
 from ties_dist.values.items import WorkItem, as_item
+from ties_dist.values.machine import peak_rss_bytes
 from ties_dist.values.views import read_bytes
 from ties_dist.worker.merging import Worker
 

@@ -109,7 +109,7 @@ class Passes:
 
     def warm_up(self) -> None:
         """Let the kernel compile while thresholds are looked for; `merge_missing` waits for it."""
-        self._warming = threading.Thread(target=self.worker.warm_up, name="compile", daemon=True)
+        self._warming = threading.Thread(target=self.step.warm_up, name="compile", daemon=True)
         self._warming.start()
 
     def find_thresholds(self, known: Sequence[ModelCut] | None = None) -> None:
@@ -190,8 +190,11 @@ class Passes:
             self._timed("solve"),
             phase(self.progress, "solve", sum(self.plan.matrices[t].nbytes for t in order)),
         ):
-            for tensor, solved in self.executor.call(self.step, SolveMatrix(), order):
-                names = [e.name for e in self.plan.experts]
+            names = [e.name for e in self.plan.experts]
+            asked = self.executor.call(
+                self.step, SolveMatrix(), order, lambda tensor: self.plan.matrices[tensor].portion(len(names))
+            )
+            for tensor, solved in asked:
                 problems += [
                     f"{tensor}: {n:,} NaN or Inf in '{name}' or its Gram matrix"
                     for n, name in zip(solved.nonfinite, names, strict=True)

@@ -24,7 +24,7 @@ from ties_dist.output.folder import OutFolder
 from ties_dist.output.journal import Journal, Record, pack, read_journals
 from ties_dist.output.lock import Holder, RunLock
 from ties_dist.output.publish import publish
-from ties_dist.output.report import MergeReport, peak_rss_bytes
+from ties_dist.output.report import MergeReport
 from ties_dist.output.resume import adopt, check_space, claim
 from ties_dist.planning.arrange import models_of
 from ties_dist.planning.plan import MergePlan
@@ -35,6 +35,7 @@ from ties_dist.storage.base import BLOCK_BYTES, Writer
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import Cuts, ModelCut
 from ties_dist.values.items import MergeResult, blocks_by_file, output_files
+from ties_dist.values.machine import peak_rss_bytes
 from ties_dist.worker.operations import StillThere
 from ties_dist.worker.site import Site
 
@@ -221,7 +222,8 @@ def _take_over(passes: Passes, results: Sequence[MergeResult], *, trust: bool) -
         passes.results |= {r.item: r for r in results}
         return len(results)
     with phase(passes.progress, "check", sum(r.item.nbytes for r in results)):
-        for result, same in passes.executor.call(passes.step, StillThere(), results):
+        checked = passes.executor.call(passes.step, StillThere(), results, lambda result: result.item.portion)
+        for result, same in checked:
             if same:
                 passes.results[result.item] = result
             passes.progress.advance(result.item.nbytes)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ties_dist.errors import NumericError
-from ties_dist.executors.base import Executor, Ledger
+from ties_dist.executors.base import Executor
+from ties_dist.executors.ledger import Ledger
 from ties_dist.messages import listing
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.sample import SAMPLE_ELEMENTS, SAMPLE_SLICES, sample_slices
@@ -35,8 +36,8 @@ from ties_dist.thresholds import (
     resolve,
     to_bits,
 )
-from ties_dist.values.items import WorkItem, as_item
-from ties_dist.worker.counting import Observation
+from ties_dist.values.items import Portion, WorkItem, as_item
+from ties_dist.values.observation import Observation
 from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.operations import CountTies, Observe, SelectTensor
 
@@ -189,7 +190,7 @@ class Scan:
             while ledger.missing:
                 for partial in self.executor.reduce(self.step, Observe(windows), sorted(ledger.missing)):
                     if ledger.accept(partial):
-                        self.progress.advance(sum(unit.nbytes for unit in partial.units) * models)
+                        self.progress.advance(sum(unit.nbytes for unit in partial.items) * models)
                     if self.keep is not None:
                         self.keep.keep_now_and_then(lambda: _as_kept(windows, ledger.total))
         self._finish(ledger.total, windows)
@@ -207,12 +208,10 @@ class Scan:
                     histogram,
                 )
 
-    def _resume(self, windows: Mapping[int, Window]) -> tuple[Ledger, set[WorkItem]]:
+    def _resume(self, windows: Mapping[int, Window]) -> tuple[Ledger[WorkItem, Observation], set[WorkItem]]:
         kept = self.keep.load() if self.keep is not None else None
         total = _counts_so_far(*kept, windows) if kept else Observation()
-        ledger = Ledger(self.plan.items(total.units))
-        ledger.total = total
-        return ledger, set(total.units)
+        return Ledger(self.plan.items(total.items), total), set(total.items)
 
     def _cut_ties(self, found: Mapping[int, Threshold], ranks: Mapping[int, int]) -> tuple[ModelCut, ...]:
         """Where more entries equal a threshold than may be kept: the first that is dropped, in canonical order."""
@@ -221,9 +220,9 @@ class Scan:
         if tied:
             bits = [found.get(i, KEEP_ALL).bits for i in range(len(self.plan.experts))]
             totals: dict[str, np.ndarray] = {}
-            units = list(self.plan.items())
+            units, operation = list(self.plan.items()), CountTies(tuple(bits))
             with phase(self.progress, "ties", sum(u.nbytes for u in units) * (1 + len(bits))):
-                for unit, counts in self.executor.call(self.step, CountTies(tuple(bits)), units):
+                for unit, counts in self.executor.call(self.step, operation, units, lambda unit: unit.portion):
                     for tensor, count in counts.items():
                         totals[tensor] = totals.get(tensor, np.zeros(len(bits), np.int64)) + np.array(count)
                     self.progress.advance(unit.nbytes * (1 + len(bits)))
@@ -241,7 +240,9 @@ class Scan:
         """Exact thresholds of some tensors, each over its own elements. Raises NumericError on NaN or Inf."""
         nonfinite: dict[tuple[int, str], int] = {}
         cuts: dict[str, Cuts] = {}
-        for tensor, (found, bad) in self.executor.call(self.step, SelectTensor(), tensors):
+        sizes = self.plan.sizes
+        asked = self.executor.call(self.step, SelectTensor(), tensors, lambda tensor: Portion(sizes[tensor]))
+        for tensor, (found, bad) in asked:
             cuts[tensor] = found
             nonfinite |= bad
         if nonfinite:
@@ -253,7 +254,7 @@ def _as_kept(windows: Mapping[int, Window], total: Observation) -> tuple[Any, di
     """Counts with the byte ranges they are of: unit sizes may differ when the run is resumed."""
     facts = {
         "windows": [[i, *w] for i, w in sorted(windows.items())],
-        "items": sorted(total.units),
+        "items": sorted(total.items),
         "nonfinite": [[*key, n] for key, n in total.nonfinite.items()],
     }
     arrays = {f"{kind}{i}": getattr(h, kind) for i, h in total.histograms.items() for kind in ("coarse", "fine")}
@@ -265,7 +266,7 @@ def _counts_so_far(facts: Any, arrays: Mapping[str, np.ndarray], windows: Mappin
     if facts["windows"] != [[i, *w] for i, w in sorted(windows.items())] or not facts.get("items"):
         return Observation()
     return Observation(
-        units={as_item(each) for each in facts["items"]},
+        items={as_item(each) for each in facts["items"]},
         nonfinite={(i, name): n for i, name, n in facts["nonfinite"]},
         histograms={i: Histogram(w, arrays[f"coarse{i}"], arrays[f"fine{i}"]) for i, w in windows.items()},
     )

@@ -1,23 +1,37 @@
-"""The seam between what the work is and who does it.
+"""The seam between what the work is and who does it: an executor knows a step and items, and nothing of merging.
 
-Writes are idempotent, sums are not: a partial statistic carries the set of units it folded, and `Ledger` accepts each
-unit once, drops what overlaps, and knows what is missing (design.md, "Sums must not double-count").
+Items are small values that travel. What may wait for a disk (load, store) is apart from what computes, so that an
+executor can read ahead and write behind. Writes are idempotent, sums are not: what is folded says of which items it is
+(`ledger`), and may then be lost, late or repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from ties_dist.errors import StoppedError
-from ties_dist.values.items import MergeResult, MergeTask, WorkItem
-from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeStep
-from ties_dist.worker.site import Site
+from ties_dist.values.items import MergeTask, Portion
+from ties_dist.values.machine import Machine
+
+if TYPE_CHECKING:
+    from ties_dist.compiler.cuda import Gpus
 
 Item = TypeVar("Item")
+Task = TypeVar("Task")
+Loaded = TypeVar("Loaded")
+Computed = TypeVar("Computed")
 Result = TypeVar("Result")
+AnyStep = TypeVar("AnyStep")
+Piece = TypeVar("Piece", bound="Weighed")
+Sum = TypeVar("Sum", bound="Partial")
+
+_Task = TypeVar("_Task", contravariant=True)
+_Item = TypeVar("_Item", contravariant=True)
+_Step = TypeVar("_Step", contravariant=True)
+_Bench = TypeVar("_Bench", covariant=True)
+_Result = TypeVar("_Result", covariant=True)
 
 
 class Stop(Protocol):
@@ -32,14 +46,95 @@ def check_stop(stop: Stop) -> None:
         raise StoppedError("stopped; everything finished is kept. Run the same command again to resume.")
 
 
-class Fold(Protocol):
-    """Counts units into an accumulator; run in parallel, each caller with its own accumulator."""
+class Weighed(Protocol):
+    """An item that tells how much work it is. Hashable, and equal to itself after a journey."""
 
-    def __call__(self, step: MergeStep, unit: WorkItem, into: Observation, /) -> None: ...
+    @property
+    def portion(self) -> Portion: ...
 
 
-class Call(Protocol[Item, Result]):  # type: ignore[misc]
-    def __call__(self, step: MergeStep, item: Item, /) -> Result: ...
+def alike(item: object) -> Portion:
+    """Of items that are small, and as much work as each other."""
+    return Portion(1)
+
+
+class Step(Protocol[_Task, Loaded, Computed, _Result]):
+    """What is done with each task, in three steps; from any thread."""
+
+    def load(self, task: _Task, /) -> Loaded: ...
+
+    def compute(self, task: _Task, loaded: Loaded, /) -> Computed: ...
+
+    def store(self, task: _Task, computed: Computed, /) -> _Result:
+        """Its bytes are written when this returns, but need not be durable."""
+        ...
+
+
+class Partial(Protocol):
+    """A sum over some items, each once."""
+
+    @property
+    def items(self) -> Set[object]: ...
+
+    def add(self, other: Self, /) -> None:
+        """Fold in a partial that shares no item with this one."""
+        ...
+
+
+class Fold(Protocol[_Step, _Item, Sum]):
+    """Adds items up; run in parallel, each caller with a partial of its own."""
+
+    def empty(self) -> Sum: ...
+
+    def __call__(self, step: _Step, item: _Item, into: Sum, /) -> None: ...
+
+
+class Call(Protocol[_Step, _Item, _Result]):
+    """Something small that is asked of each item."""
+
+    def __call__(self, step: _Step, item: _Item, /) -> _Result: ...
+
+
+class Bench(Step[_Task, Loaded, Computed, Result], Protocol[_Task, Loaded, Computed, Result]):
+    """A step as a worker process has it."""
+
+    @property
+    def requested_bytes(self) -> int:
+        """Read since it was opened."""
+        ...
+
+    def sync(self, results: Sequence[Result], /) -> None:
+        """Make what was stored durable: after that the driver is told."""
+        ...
+
+    def warm_up(self) -> None:
+        """Get ready, on a thread of its own, while the first orders come in."""
+        ...
+
+
+class Workplace(Protocol[_Bench]):
+    """All that a process needs to work on one job, wherever it runs: small enough to travel, the same for everyone.
+
+    threads, projected_bytes: of one worker process, and what memory it is projected to need.
+    """
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def projected_bytes(self) -> int: ...
+
+    def away(self) -> Self:
+        """As it travels to other machines, with what they are to compare theirs with. Called once, by the driver."""
+        ...
+
+    def inspect(self, *, gpus: int = 0) -> Machine:
+        """This machine, and all that speaks against it, before anything is opened here."""
+        ...
+
+    def open(self, gpus: Gpus | None = None) -> _Bench:
+        """Raises TiesDistError, OSError where that cannot be done here."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,46 +169,42 @@ class Usage:
 
 
 class Executor(Protocol):
-    """Who does the work. `step` does it in this process; what runs elsewhere has a step of its own (`Site.open`)."""
+    """Who does the work. `step` does it in this process; what runs elsewhere opens one of its own (`Workplace`)."""
 
     name: str
     usage: Usage
 
-    def start(self, site: Site) -> None:
+    def start(self, workplace: Workplace[object], /) -> None:
         """Called once, before anything is asked for. Raises ClusterError, PlanError where the work cannot be done."""
         ...
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
-    ) -> Iterator[MergeResult]:
-        """Merge units with a bounded window; results in any order, each after its bytes are written.
+        self,
+        step: Step[Task, Loaded, Computed, Result],
+        items: Iterable[Piece],
+        describe: Callable[[Piece], Task],
+        /,
+    ) -> Iterator[Result]:
+        """All three steps of each item, with a bounded window; results in any order, each after its bytes are written.
 
-        describe: called for a unit when its turn has come.
+        describe: called for an item when its turn has come.
         """
         ...
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
-        """Partials that together cover the units, a few seconds apart, in any order."""
+    def reduce(self, step: AnyStep, fold: Fold[AnyStep, Piece, Sum], items: Sequence[Piece], /) -> Iterator[Sum]:
+        """Partials that together cover the items, a few seconds apart, in any order.
+
+        Some may come twice, late or never: whoever adds them up has a `Ledger`, and asks for what it misses.
+        """
         ...
 
     def call(
-        self, step: MergeStep, function: Call[Item, Result], items: Sequence[Item]
+        self,
+        step: AnyStep,
+        function: Call[AnyStep, Item, Result],
+        items: Sequence[Item],
+        weigh: Callable[[Item], Portion] = alike,
+        /,
     ) -> Iterator[tuple[Item, Result]]:
         """Small independent calls (per-tensor selections, tie counts), results in any order."""
         ...
-
-
-class Ledger:
-    """What of a reduction has been counted, each unit exactly once."""
-
-    def __init__(self, units: Iterable[WorkItem]) -> None:
-        self.missing = set(units)
-        self.total = Observation()
-
-    def accept(self, partial: Observation) -> bool:
-        """Add a partial, or drop it whole where it repeats or exceeds what is asked for."""
-        if not partial.units or not partial.units <= self.missing:
-            return False
-        self.missing -= partial.units
-        self.total.add(partial)
-        return True

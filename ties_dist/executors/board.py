@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Generic
 
-from ties_dist.executors.orders import Kind
-from ties_dist.values.items import MergeResult, WorkItem
-from ties_dist.worker.merging import MergeStep
+from ties_dist.executors.base import Item
+from ties_dist.executors.orders import Work
+from ties_dist.values.items import Portion
 
-OPERATIONS_PER_BYTE = 10
-"""5 GFLOP/s and 0.5 GB/s a core, roughly."""
 SUSPICIOUS = 2
 """Failures after which an item gets a worker for itself."""
 
@@ -117,48 +115,23 @@ class Board:
         return self.attempts[index]
 
 
-class Pass:
+class Pass(Generic[Item]):
     """One pass over some items: what is done with each, and who has what."""
 
     def __init__(
         self,
-        kind: Kind,
-        items: Sequence[Any],
-        *,
-        operation: Any = None,
-        describe: Callable[[Any], Any] | None = None,
-        step: MergeStep | None = None,
+        work: Work,
+        items: Sequence[Item],
+        weigh: Callable[[Item], Portion],
+        describe: Callable[[Item], object] = lambda item: item,
     ) -> None:
-        self.kind: Kind = kind
+        self.work = work
         self.items = items
-        self.operation = operation
         self._describe = describe
         self.losses: Counter[int] = Counter()
-        places = [_place(step, item) for item in items]
-        self.board = Board([weight for weight, _ in places], [group for _, group in places])
+        portions = [weigh(item) for item in items]
+        self.board = Board([p.weight for p in portions], [p.group for p in portions])
 
-    def item(self, index: int) -> Any:
-        """What travels: described when its turn has come."""
-        return self.items[index] if self._describe is None else self._describe(self.items[index])
-
-    def name(self, index: int) -> str:
-        item = self.items[index]
-        unit = item.item if isinstance(item, MergeResult) else item
-        return f"{unit}," if isinstance(unit, WorkItem) else f"'{item}'"
-
-
-def _place(step: MergeStep | None, item: Any) -> tuple[int, str]:
-    """How much work an item is, in bytes or elements, and what it is near to.
-
-    A matrix that is merged whole: as many bytes as units would have that take as long.
-    """
-    if isinstance(item, MergeResult):
-        item = item.item
-    if isinstance(item, WorkItem):
-        return item.nbytes, item.file
-    if step is None or not isinstance(item, str):
-        return 1, ""
-    plan = step.worker.plan
-    if (matrix := plan.matrices.get(item)) is not None:
-        return matrix.operations(len(plan.experts)) // OPERATIONS_PER_BYTE, ""
-    return plan.sizes.get(item, 1), ""
+    def describe(self, indices: Sequence[int]) -> list[object]:
+        """What travels of these items: asked for when their turn has come."""
+        return [self._describe(self.items[i]) for i in indices]

@@ -12,17 +12,30 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ties_dist.errors import ClusterError, LockedError, PlanError, StoppedError, TiesDistError, UnitError
-from ties_dist.executors.base import Call, Fold, Item, Result, Usage, check_stop
+from ties_dist.executors.base import (
+    AnyStep,
+    Call,
+    Computed,
+    Fold,
+    Item,
+    Loaded,
+    Piece,
+    Result,
+    Step,
+    Sum,
+    Task,
+    Usage,
+    Workplace,
+    alike,
+    check_stop,
+)
 from ties_dist.executors.board import Pass
-from ties_dist.executors.orders import Answer, Event, Joined, Kind, Lost, Order
+from ties_dist.executors.orders import Add, Answer, Ask, Event, Joined, Kind, Lost, Merge, Order
 from ties_dist.messages import listing
-from ties_dist.values.items import MergeResult, MergeTask, WorkItem
-from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeStep
-from ties_dist.worker.site import Site
+from ties_dist.values.items import MergeTask, Portion
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +69,7 @@ POLL_SECONDS = 0.2
 class Fleet(Protocol):
     """Workers somewhere. It keeps up their number by itself; what happens is told by `wait`."""
 
-    def open(self, site: Site) -> None:
+    def open(self, workplace: Workplace[object]) -> None:
         """Begin to ask for workers. Raises PlanError, ClusterError."""
         ...
 
@@ -113,7 +126,7 @@ class Sent:
     number: int
     worker: str
     indices: tuple[int, ...]
-    asked: Pass
+    asked: Pass[Any]
     at: float
     until: float
 
@@ -146,8 +159,8 @@ class FleetExecutor:
 
     # Workers
 
-    def start(self, site: Site) -> None:
-        self.fleet.open(site)
+    def start(self, workplace: Workplace[object]) -> None:
+        self.fleet.open(workplace)
         began, first = self.fleet.now(), None
         problems: dict[str, tuple[str, ...]] = {}
         refused = 0  # and kept: another would only take its place
@@ -188,26 +201,28 @@ class FleetExecutor:
     # The three things that are asked for
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
-    ) -> Iterator[MergeResult]:
-        asked = Pass("merge", list(units), describe=describe)
-        for _, answer in self._run(asked):
+        self, step: Step[Task, Loaded, Computed, Result], items: Iterable[Piece], describe: Callable[[Piece], Task]
+    ) -> Iterator[Result]:
+        for _, answer in self._run(Pass(Merge(), list(items), lambda item: item.portion, describe)):
             yield from answer.values
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
-        for _, answer in self._run(Pass("fold", units, operation=fold)):
-            yield answer.values
+    def reduce(self, step: AnyStep, fold: Fold[AnyStep, Piece, Sum], items: Sequence[Piece]) -> Iterator[Sum]:
+        for _, answer in self._run(Pass(Add(fold), items, lambda item: item.portion)):
+            yield from answer.values
 
     def call(
-        self, step: MergeStep, function: Call[Item, Result], items: Sequence[Item]
+        self,
+        step: AnyStep,
+        function: Call[AnyStep, Item, Result],
+        items: Sequence[Item],
+        weigh: Callable[[Item], Portion] = alike,
     ) -> Iterator[tuple[Item, Result]]:
-        asked = Pass("call", items, operation=function, step=step)
-        for indices, answer in self._run(asked):
+        for indices, answer in self._run(Pass(Ask(function), items, weigh)):
             yield from zip((items[i] for i in indices), answer.values, strict=True)
 
     # One pass
 
-    def _run(self, asked: Pass) -> Iterator[tuple[tuple[int, ...], Answer]]:
+    def _run(self, asked: Pass[Any]) -> Iterator[tuple[tuple[int, ...], Answer]]:
         """Answers with the items each is of, until all are done. What is done is told also where an error follows."""
         failure: Exception | None = None
         try:
@@ -238,11 +253,11 @@ class FleetExecutor:
                         yield answered
             raise failure
 
-    def _hand_out(self, asked: Pass) -> None:
+    def _hand_out(self, asked: Pass[Any]) -> None:
         """Give every worker that has room an order, round after round: all begin before one has much."""
         nodes = {m.node for m in self.members.values()}
         orders = ORDERS_AT_ONCE * len(self.members)
-        seconds = max(ORDER_SECONDS[asked.kind], MESSAGE_SECONDS * orders)
+        seconds = max(ORDER_SECONDS[asked.work.kind], MESSAGE_SECONDS * orders)
         known = [m.rate for m in self.members.values() if m.rate]
         usual = sum(known) / len(known) if known else 0.0
         hungry = [m for m in self.members.values() if m.busy < ORDERS_AT_ONCE]
@@ -263,10 +278,9 @@ class FleetExecutor:
                     served.append(member)
             hungry = [m for m in served if m.busy < ORDERS_AT_ONCE]
 
-    def _send(self, member: Member, asked: Pass, indices: tuple[int, ...]) -> None:
+    def _send(self, member: Member, asked: Pass[Any], indices: tuple[int, ...]) -> None:
         self.orders += 1
-        items = tuple(asked.item(i) for i in indices)
-        order = Order(number=self.orders, kind=asked.kind, operation=asked.operation, items=items)
+        order = Order(number=self.orders, work=asked.work, items=asked.describe(indices))
         size = sum(asked.board.weights[i] for i in indices)
         expected = size / (member.rate or USUAL_RATE)
         now = self.fleet.now()
@@ -278,12 +292,12 @@ class FleetExecutor:
             at=now,
             until=now + max(self.stuck_seconds, STUCK_TIMES * expected),
         )
-        if asked.kind == "merge":
-            self.usage.unanswered[order.number] = items
+        if asked.work.kind == "merge":
+            self.usage.unanswered[order.number] = tuple(task for task in order.items if isinstance(task, MergeTask))
         member.busy += 1
         self.fleet.send(member.worker, order)
 
-    def _take(self, event: Event, asked: Pass) -> tuple[tuple[tuple[int, ...], Answer] | None, Exception | None]:
+    def _take(self, event: Event, asked: Pass[Any]) -> tuple[tuple[tuple[int, ...], Answer] | None, Exception | None]:
         """What an event means: items that are done, with their answer; and an error that ends the pass."""
         if isinstance(event, Joined):
             if event.problems:
@@ -332,7 +346,7 @@ class FleetExecutor:
 
     # What goes wrong
 
-    def _fail(self, asked: Pass, index: int, node: str, error: Exception | str) -> Exception | None:
+    def _fail(self, asked: Pass[Any], index: int, node: str, error: Exception | str) -> Exception | None:
         """An item failed; it goes out again, or its last error is returned."""
         attempts = asked.board.fail(index, node)
         self.retries += 1
@@ -344,12 +358,11 @@ class FleetExecutor:
             return type(error)(f"node {node}: {error}")
         last = str(error) or type(error).__name__
         return UnitError(
-            f"{asked.name(index)} failed {attempts} times, last on node {node}: {last}. What is finished "
-            "is kept. Where workers were killed for memory, give a smaller --memory-budget; then run the "
-            "same command again."
+            f"{asked.items[index]}: failed {attempts} times, last on node {node}: {last}. What is finished is kept. "
+            "Where workers were killed for memory, give a smaller --memory-budget; then run the same command again."
         )
 
-    def _lose(self, lost: Lost, asked: Pass | None = None) -> Exception | None:
+    def _lose(self, lost: Lost, asked: Pass[Any] | None = None) -> Exception | None:
         """What a lost worker had goes out again. asked: the pass at hand, if one is."""
         self._last_loss = lost.reason
         member = self.members.pop(lost.worker, None)
@@ -375,21 +388,21 @@ class FleetExecutor:
             self._blame(member.node, asked)
         return failure
 
-    def _blame(self, node: str, asked: Pass) -> None:
+    def _blame(self, node: str, asked: Pass[Any]) -> None:
         self._node_failures[node] += 1
         others = {m.node for m in self.members.values()} - self._excluded - {node}
         if self._node_failures[node] >= EXCLUDED_AFTER and others and node not in self._excluded:
             logger.warning("node %s is not used any more: %d failures in a row", node, self._node_failures[node])
             self._leave_alone(node, asked)
 
-    def _leave_alone(self, node: str, asked: Pass) -> None:
+    def _leave_alone(self, node: str, asked: Pass[Any]) -> None:
         self._excluded.add(node)
         self.fleet.exclude(node)
         for member in [m for m in self.members.values() if m.node == node]:
             self.fleet.drop(member.worker)
             self._lose(Lost(worker=member.worker, reason="its node is not used any more", blameless=True), asked)
 
-    def _drop_stuck(self, asked: Pass) -> Exception | None:
+    def _drop_stuck(self, asked: Pass[Any]) -> Exception | None:
         now, failure = self.fleet.now(), None
         if now - self._looked > min(1.0, self.stuck_seconds / 4):
             self._looked = now
@@ -400,7 +413,7 @@ class FleetExecutor:
                     failure = self._lose(lost, asked) or failure
         return failure
 
-    def _measure(self, asked: Pass) -> None:
+    def _measure(self, asked: Pass[Any]) -> None:
         self.usage.workers = len(self.members)
         self.fleet.measure(
             {

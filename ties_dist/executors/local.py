@@ -15,12 +15,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
-from ties_dist.executors.base import Call, Fold, Item, Result, Stop, Usage, check_stop
-from ties_dist.planning.memory import UNITS_AROUND
-from ties_dist.values.items import MergeResult, MergeTask, WorkItem
-from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeStep
-from ties_dist.worker.site import Site
+from ties_dist.executors.base import (
+    AnyStep,
+    Call,
+    Computed,
+    Fold,
+    Item,
+    Loaded,
+    Piece,
+    Result,
+    Step,
+    Stop,
+    Sum,
+    Task,
+    Usage,
+    Workplace,
+    alike,
+    check_stop,
+)
+from ties_dist.values.items import UNITS_AROUND, Portion
 
 PARTIAL_SECONDS = 5.0
 """How long a counting thread keeps its counts to itself."""
@@ -61,17 +74,17 @@ class LocalExecutor:
         other._turns, other._room = self._turns, self._room
         return other
 
-    def start(self, site: Site) -> None:
+    def start(self, workplace: Workplace[object]) -> None:
         """Nothing to do: this process is what there is."""
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
-    ) -> Iterator[MergeResult]:
-        source = map(describe, units)
+        self, step: Step[Task, Loaded, Computed, Result], items: Iterable[Piece], describe: Callable[[Piece], Task]
+    ) -> Iterator[Result]:
+        source = map(describe, items)
         given_up = threading.Event()
-        running: set[Future[MergeResult | None]] = set()
+        running: set[Future[Result | None]] = set()
 
-        def work(task: MergeTask) -> MergeResult | None:
+        def work(task: Task) -> Result | None:
             with self._room:
                 loaded = step.load(task)
                 with self._turns:
@@ -104,25 +117,25 @@ class LocalExecutor:
             raise failure
         check_stop(self.stop)
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
-        waiting = iter(units)
+    def reduce(self, step: AnyStep, fold: Fold[AnyStep, Piece, Sum], items: Sequence[Piece]) -> Iterator[Sum]:
+        waiting = iter(items)
         taking = threading.Lock()
-        partials: queue.Queue[Observation | BaseException | None] = queue.Queue()
+        partials: queue.Queue[Sum | BaseException | None] = queue.Queue()
 
         def work() -> None:
             try:
-                partial, began = Observation(), time.monotonic()
+                partial, began = fold.empty(), time.monotonic()
                 while not self.stop.is_set():
                     with taking:
-                        unit = next(waiting, None)
-                    if unit is None:
+                        item = next(waiting, None)
+                    if item is None:
                         break
                     with self._turns:
-                        fold(step, unit, partial)
+                        fold(step, item, partial)
                     if time.monotonic() - began > self.partial_seconds:
                         partials.put(partial)
-                        partial, began = Observation(), time.monotonic()
-                if partial.units:
+                        partial, began = fold.empty(), time.monotonic()
+                if partial.items:
                     partials.put(partial)
                 partials.put(None)
             except BaseException as error:
@@ -136,7 +149,7 @@ class LocalExecutor:
         try:
             while running:
                 partial = partials.get()
-                if isinstance(partial, Observation):
+                if partial is not None and not isinstance(partial, BaseException):
                     yield partial
                     continue
                 running -= 1
@@ -152,7 +165,11 @@ class LocalExecutor:
         check_stop(self.stop)
 
     def call(
-        self, step: MergeStep, function: Call[Item, Result], items: Sequence[Item]
+        self,
+        step: AnyStep,
+        function: Call[AnyStep, Item, Result],
+        items: Sequence[Item],
+        weigh: Callable[[Item], Portion] = alike,
     ) -> Iterator[tuple[Item, Result]]:
         with ThreadPoolExecutor(self.threads, "call") as pool:
             window: deque[tuple[Item, Future[Result]]] = deque()

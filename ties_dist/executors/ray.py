@@ -27,14 +27,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 from ray.util import metrics
 
 from ties_dist.compiler.cuda import slots_of_each
-from ties_dist.executors.base import Cluster
+from ties_dist.executors.base import Cluster, Workplace
 from ties_dist.executors.fleet import ORDERS_AT_ONCE
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order, perform
-from ties_dist.executors.preflight import Expectation, facts, preflight
+from ties_dist.executors.orders import Answer, Answered, AnyBench, Event, Joined, Lost, Order, perform
 from ties_dist.messages import readable
-from ties_dist.storage.local import write_durably
-from ties_dist.worker.site import Site
+from ties_dist.values.machine import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -54,36 +52,32 @@ NODE_LABEL = "ray.io/node-id"
 
 
 class Worker:
-    """What runs in an actor: one process with a merge's inputs open, several orders at once."""
+    """What runs in an actor: one process with a job's inputs open, several orders at once."""
 
-    def __init__(self, site: Site, expected: Expectation, gpu: bool) -> None:
-        self.site = site
-        self.expected = expected
+    def __init__(self, workplace: Workplace[AnyBench], gpu: bool) -> None:
+        self.workplace = workplace
         self.gpu = gpu
         self.given_up = 0
 
-    def ready(self) -> tuple[str, tuple[str, ...], str, str]:
-        """Node, what speaks against this machine, what has to be the same everywhere, and what to tell."""
-        node = ray.get_runtime_context().get_node_id()
-        found = facts(self.site, gpus=1 if self.gpu else 0)
-        problems = preflight(self.site, self.expected)
-        if not problems:
+    def ready(self) -> tuple[str, Machine]:
+        """The node's id, and what was found there."""
+        found = self.workplace.inspect(gpus=1 if self.gpu else 0)
+        if not found.problems:
             try:
                 self._open()
             except (TiesDistError, OSError) as error:
-                problems = (str(error),)
-        return node, problems, found.kind, f"process {os.getpid()}, {found.text}"
+                found = replace(found, problems=(str(error),))
+        return ray.get_runtime_context().get_node_id(), replace(found, text=f"process {os.getpid()}, {found.text}")
 
     def _open(self) -> None:
         gpus = None
         if self.gpu:
             from ties_dist.compiler import cuda
 
-            gpus = cuda.Gpus(cuda.load_driver(), self.site.resources.thread_count)
-        self.step = self.site.open(gpus)
-        computing = len(gpus.slots) if gpus is not None else None
-        self.local = LocalExecutor(self.site.resources.thread_count, computing=computing)
-        threading.Thread(target=self.step.worker.warm_up, name="compile", daemon=True).start()
+            gpus = cuda.Gpus(cuda.load_driver(), self.workplace.threads)
+        self.step = self.workplace.open(gpus)
+        self.local = LocalExecutor(self.workplace.threads, computing=len(gpus.slots) if gpus is not None else None)
+        threading.Thread(target=self.step.warm_up, name="compile", daemon=True).start()
 
     def perform(self, order: Order) -> Answer:
         return perform(order, self.step, self.local.beside(GivenUp(self, order.number)))
@@ -217,12 +211,8 @@ class RayFleet:
         self.threads = threads or self._usual_threads()
         self.gpu_slots = slots_of_each(self.threads, 1) if gpu else 0
 
-    def open(self, site: Site) -> None:
-        expected = Expectation(token=f"seen-{site.holder.token}")
-        write_durably(site.folder.run / expected.token, "")
-        folder = replace(site.folder, path=site.folder.path.absolute())
-        self._site, self._expected = ray.put(replace(site, folder=folder)), ray.put(expected)
-        self._memory = site.plan.projected_bytes
+    def open(self, workplace: Workplace[object]) -> None:
+        self._workplace, self._memory = ray.put(workplace.away()), workplace.projected_bytes
         self._fill()
 
     # Placement
@@ -292,7 +282,7 @@ class RayFleet:
                 )
             except (ValueError, OverflowError) as error:
                 raise PlanError(f"Ray has no such workers (--worker-resource, --node-label): {error}") from error
-            handle = actor.remote(self._site, self._expected, self.gpu)
+            handle = actor.remote(self._workplace, self.gpu)
             self._actors[name] = Asked(handle, now)
             self._waiting[handle.ready.remote()] = (name, None)
 
@@ -359,21 +349,23 @@ class RayFleet:
         except RayTaskError as error:  # before the order was begun: it, or its answer, could not travel
             if number is None:
                 return self._lost(worker, f"it could not start: {_reason(error)}", blameless=False)
-            failed = Answer(done=(), values=[], error=RuntimeError(_reason(error)))
+            failed = Answer(error=RuntimeError(_reason(error)))
             return Answered(worker=worker, number=number, answer=failed)
         except RayError as error:
             return self._lost(worker, _reason(error), blameless=self._is_blameless(worker, error))
         if number is not None:
             return Answered(worker=worker, number=number, answer=value)
-        node_id, problems, kind, told = value
+        node_id, machine = value
         node = f"{self._hosts.get(node_id, 'unknown')}/{node_id[:8]}"
         self._ids[node] = node_id
         self._failed_starts = 0
-        self._kind = self._kind or kind
-        if kind != self._kind:
-            problems = (*problems, f"it is of another kind ({kind}) than the first ({self._kind}): bytes might differ")
         self._actors[worker].node = node_id
-        return Joined(worker=worker, node=node, problems=problems, facts=told)
+        self._kind = self._kind or machine.kind
+        problems = machine.problems
+        if machine.kind != self._kind:
+            other = f"it is of another kind ({machine.kind}) than the first ({self._kind}): bytes might differ"
+            problems = (*problems, other)
+        return Joined(worker=worker, node=node, problems=problems, facts=machine.text)
 
     def _lost(self, worker: str, reason: str, *, blameless: bool) -> Lost:
         if (asked := self._actors.get(worker)) is not None and asked.node is None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -95,12 +93,3 @@ def tie_warning(report: MergeReport) -> list[str]:
             f"published code. `tie_policy: exact_k` would keep {expert.density:.1%}."
         )
     return said
-
-
-def peak_rss_bytes() -> int:
-    """This process's largest resident set. Not `ru_maxrss`: it is inherited from the process that started this one."""
-    with suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ties_dist.values.items import UNITS_AROUND
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +19,6 @@ from ties_dist.values.inputs import Input
 
 DEFAULT_UNIT_BYTES = 8 << 20
 """Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M (facts.md)."""
-UNITS_AROUND = 4
-"""Being read ahead (2) and written behind (2) those that are computed, one per thread."""
 PROCESS_BYTES = 480 << 20
 """Resident set of a worker before any unit: Python, torch, numba and their libraries."""
 GPU_BYTES = 512 << 20

@@ -17,12 +17,15 @@ from ties_dist.methods.base import Method
 from ties_dist.planning.layout import Layout, TensorSpec
 from ties_dist.storage.digests import digest
 from ties_dist.values.inputs import Input
-from ties_dist.values.items import Range, WorkItem
+from ties_dist.values.items import Portion, Range, WorkItem
 from ties_dist.values.numbers import TensorNumbers
 from ties_dist.values.views import read_bytes
 
 SEMANTICS_VERSION = 1
 """Goes into the fingerprint; raised when the arithmetic of semantics.md changes."""
+
+OPERATIONS_PER_BYTE = 10
+"""5 GFLOP/s and 0.5 GB/s a core, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,10 @@ class Matrix:
         """Float64 additions and multiplications: a product per expert, a factor, two substitutions."""
         products = 2 * (experts + 1) * self.inputs**2 * self.outputs
         return products + self.inputs**3 // 3
+
+    def portion(self, experts: int) -> Portion:
+        """As many bytes as units would have that take as long."""
+        return Portion(self.operations(experts) // OPERATIONS_PER_BYTE)
 
     @property
     def work_bytes(self) -> int:

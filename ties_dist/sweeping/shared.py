@@ -11,28 +11,46 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Generic
 
 from ties_dist.errors import StoppedError, TiesDistError
-from ties_dist.executors.base import Call, Executor, Fold, Item, Result, Usage
-from ties_dist.values.items import MergeResult, MergeTask, WorkItem
-from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import Loaded, MergeStep
-from ties_dist.worker.site import Site
+from ties_dist.executors.base import (
+    AnyStep,
+    Call,
+    Computed,
+    Executor,
+    Fold,
+    Item,
+    Loaded,
+    Piece,
+    Result,
+    Step,
+    Sum,
+    Task,
+    Usage,
+    Workplace,
+    alike,
+)
+from ties_dist.values.items import Portion, WorkItem
 
 
 @dataclass(eq=False)
-class Request:
+class Request(Generic[Piece, Task, Loaded, Computed, Result]):
     """What one merge wants done. answers: its results, an error, or None at the end."""
 
     label: str
-    step: MergeStep
-    tasks: Iterator[MergeTask]
-    answers: queue.SimpleQueue[MergeResult | BaseException | None] = field(default_factory=queue.SimpleQueue)
-    together: list[Request] | None = None
+    step: Step[Task, Loaded, Computed, Result]
+    items: Iterator[Piece]
+    describe: Callable[[Piece], Task]
+    answers: queue.SimpleQueue[Result | BaseException | None] = field(default_factory=queue.SimpleQueue)
+    together: Sequence[AnyRequest] | None = None
 
-    def draw(self) -> MergeTask | None:
-        return next(self.tasks, None)
+    def draw(self) -> Piece | None:
+        return next(self.items, None)
+
+
+AnyRequest = Request[Any, Any, Any, Any, Any]
+"""Those that meet have steps of one kind: what one of them has loaded the others can compute with."""
 
 
 @dataclass(eq=False)
@@ -42,10 +60,10 @@ class Meeting:
     running: int
     met: bool = False
     """Whether any merge has come to where the others are waited for."""
-    _waiting: list[Request] = field(default_factory=list)
+    _waiting: list[AnyRequest] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def join(self, request: Request) -> list[Request]:
+    def join(self, request: AnyRequest) -> Sequence[AnyRequest]:
         """Wait until every running merge is here. Returns all requests; the first one's merge leads."""
         with self._changed:
             self._waiting.append(request)
@@ -86,13 +104,13 @@ class SharedExecutor:
     name: str = "local"
     usage: Usage = field(default_factory=Usage)
 
-    def start(self, site: Site) -> None:
+    def start(self, workplace: Workplace[object]) -> None:
         """The inner executor works in this process."""
 
     def map_unordered(
-        self, step: MergeStep, units: Iterable[WorkItem], describe: Callable[[WorkItem], MergeTask]
-    ) -> Iterator[MergeResult]:
-        own = Request(self.label, step, map(describe, units))
+        self, step: Step[Task, Loaded, Computed, Result], items: Iterable[Piece], describe: Callable[[Piece], Task]
+    ) -> Iterator[Result]:
+        own = Request(self.label, step, iter(items), describe)
         together = self.meeting.join(own)
         if together[0] is own:
             yield from self._lead(own, together)
@@ -102,14 +120,14 @@ class SharedExecutor:
                 raise answer
             yield answer
 
-    def _lead(self, own: Request, together: Sequence[Request]) -> Iterator[MergeResult]:
+    def _lead(
+        self, own: Request[Piece, Task, Loaded, Computed, Result], together: Sequence[AnyRequest]
+    ) -> Iterator[Result]:
         others = [r for r in together if r is not own]
         ending: BaseException | None = StoppedError("another merge of this sweep failed; run the same command again.")
         try:
-            inner = cast(Any, self.inner)  # whose units are groups here, which nobody needs to describe
-            results = inner.map_unordered(GroupStep(), _groups(together), lambda group: group)
-            for group in cast("Iterator[list[tuple[Request, MergeResult]]]", results):
-                for request, result in group:
+            for stored in self.inner.map_unordered(GroupStep(), groups(together), lambda group: group):
+                for request, result in stored:
                     if request is own:
                         yield result
                     else:
@@ -122,44 +140,60 @@ class SharedExecutor:
             for request in others:
                 request.answers.put(ending)
 
-    def reduce(self, step: MergeStep, fold: Fold, units: Sequence[WorkItem]) -> Iterator[Observation]:
-        return self.inner.reduce(step, fold, units)
+    def reduce(self, step: AnyStep, fold: Fold[AnyStep, Piece, Sum], items: Sequence[Piece]) -> Iterator[Sum]:
+        return self.inner.reduce(step, fold, items)
 
     def call(
-        self, step: MergeStep, function: Call[Item, Result], items: Sequence[Item]
+        self,
+        step: AnyStep,
+        function: Call[AnyStep, Item, Result],
+        items: Sequence[Item],
+        weigh: Callable[[Item], Portion] = alike,
     ) -> Iterator[tuple[Item, Result]]:
-        return self.inner.call(step, function, items)
+        return self.inner.call(step, function, items, weigh)
 
 
-Group = list[tuple[Request, MergeTask]]
+@dataclass(frozen=True)
+class Group:
+    """The tasks of one item, of all who want it."""
+
+    item: WorkItem
+    tasks: Sequence[tuple[AnyRequest, Any]]
+
+    def __str__(self) -> str:
+        return str(self.item)
+
+    @property
+    def portion(self) -> Portion:
+        return self.item.portion
 
 
-def _groups(together: Sequence[Request]) -> Iterator[Group]:
-    """Tasks of the same unit, of all who want it, in file order."""
+def groups(together: Sequence[AnyRequest]) -> Iterator[Group]:
+    """In file order; tasks are described when their turn has come."""
     heads = {request: request.draw() for request in together}
-    while wanted := [task.item for task in heads.values() if task is not None]:
-        unit = min(wanted)
-        group = [(r, task) for r, task in heads.items() if task is not None and task.item == unit]
-        yield group
-        for request, _ in group:
+    while wanted := [item for item in heads.values() if item is not None]:
+        item = min(wanted)
+        takers = [request for request, head in heads.items() if head == item]
+        yield Group(item, [(request, request.describe(item)) for request in takers])
+        for request in takers:
             heads[request] = request.draw()
 
 
 class GroupStep:
-    """The steps of a unit for several merges: loaded once, computed and stored for each."""
+    """The steps of an item for several merges: loaded once, computed and stored for each."""
 
-    def load(self, group: Group) -> Loaded:
-        request, task = group[0]
-        return request.step.load(task)
+    def load(self, group: Group) -> Any:
+        request, task = group.tasks[0]
+        loaded = request.step.load(task)
+        loaded.holders = len(group.tasks)
+        return loaded
 
-    def compute(self, group: Group, loaded: Loaded) -> list[Any]:
-        computed = [request.step.merge(task, loaded) for request, task in group]
-        loaded.release()
-        return computed
+    def compute(self, group: Group, loaded: Any) -> list[Any]:
+        return [request.step.compute(task, loaded) for request, task in group.tasks]
 
-    def store(self, group: Group, computed: Sequence[Any]) -> list[tuple[Request, MergeResult]]:
+    def store(self, group: Group, computed: Sequence[Any]) -> list[tuple[AnyRequest, Any]]:
         stored = []
-        for (request, task), each in zip(group, computed, strict=True):
+        for (request, task), each in zip(group.tasks, computed, strict=True):
             try:
                 stored.append((request, request.step.store(task, each)))
             except TiesDistError as error:

@@ -11,6 +11,9 @@ from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.digests import digest
 from ties_dist.thresholds import Cuts
 
+UNITS_AROUND = 4
+"""Items in memory, being read ahead (2) and written behind (2) those that are computed, one per thread."""
+
 
 class Range(NamedTuple):
     """Bytes [start, stop) of one output file; bounds are multiples of 1 MiB but for the file's end."""
@@ -29,6 +32,13 @@ class Range(NamedTuple):
         return -(-self.nbytes // BLOCK_BYTES)
 
 
+class Portion(NamedTuple):
+    """How much work something is: bytes, or as many as take as long. group: what it is best handed out with, if any."""
+
+    weight: int
+    group: str = ""
+
+
 class WorkItem(NamedTuple):
     """A unit of work: byte ranges, possibly of several output files, that one worker writes together.
 
@@ -42,9 +52,9 @@ class WorkItem(NamedTuple):
         return sum(each.nbytes for each in self.ranges)
 
     @property
-    def file(self) -> str:
-        """The one it is near to, for those that hand out work."""
-        return self.ranges[0].file
+    def portion(self) -> Portion:
+        """Grouped by shard: reads and writes of one worker stay sequential, and two machines rarely meet in a file."""
+        return Portion(self.nbytes, self.ranges[0].file)
 
     def __str__(self) -> str:
         return " and ".join(f"{r.file}, bytes {r.start:,} to {r.stop:,}" for r in self.ranges)
@@ -79,6 +89,9 @@ class MergeResult:
     counts: Mapping[str, tuple[int, ...]]
     dependent: int
     sign_sum: int = 0
+
+    def __str__(self) -> str:
+        return str(self.item)
 
     @property
     def by_range(self) -> Iterator[tuple[Range, tuple[str, ...]]]:

@@ -5,7 +5,6 @@ All statistics are integers, so that counts add up to the same thresholds in any
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from ties_dist.planning.plan import MergePlan
 from ties_dist.thresholds import KEEP_ALL, KEEP_NONE, Cuts, Histogram, TensorCut, Threshold, Window, resolve
 from ties_dist.values.inputs import Input
 from ties_dist.values.items import WorkItem
+from ties_dist.values.observation import Observation
 from ties_dist.values.views import Encoded, Files, Operand, blocks, read_bytes
 
 SELECT_SLICE = 1 << 22
@@ -73,27 +73,6 @@ class ModelReader:
 
 
 @dataclass
-class Observation:
-    """Integer statistics of some units: mergeable by addition, each unit once. nonfinite: tensor -> counts."""
-
-    units: set[WorkItem] = field(default_factory=set)
-    histograms: dict[int, Histogram] = field(default_factory=dict)
-    nonfinite: dict[tuple[int, str], int] = field(default_factory=dict)
-
-    def add(self, other: Observation) -> None:
-        """Fold in a partial that shares no unit with this one."""
-        assert not self.units & other.units
-        self.units |= other.units
-        for expert, histogram in other.histograms.items():
-            if expert in self.histograms:
-                self.histograms[expert].add(histogram)
-            else:
-                self.histograms[expert] = copy.deepcopy(histogram)  # may be a read-only view of a message
-        for key, count in other.nonfinite.items():
-            self.nonfinite[key] = self.nonfinite.get(key, 0) + count
-
-
-@dataclass
 class Counter:
     """Opened inputs of one plan; counts what statistics of them are asked for."""
 
@@ -120,7 +99,7 @@ class Counter:
 
     def observe(self, unit: WorkItem, windows: Mapping[int, Window], into: Observation) -> None:
         """Count |delta| over a unit's counted elements. windows: by expert, modulo their number."""
-        into.units.add(unit)
+        into.items.add(unit)
         for expert, window in windows.items():
             into.histograms.setdefault(expert, Histogram(window))
         for segment in self.segments(unit):

@@ -28,7 +28,7 @@ from ties_dist.storage.base import Writer
 from ties_dist.storage.buffers import Buffers
 from ties_dist.storage.digests import block_digests
 from ties_dist.thresholds import Cuts, from_bits, split_points
-from ties_dist.values.items import MergeResult, MergeTask, WorkItem
+from ties_dist.values.items import MergeResult, MergeTask, WorkItem, output_files
 from ties_dist.values.views import Encoded, Operand
 from ties_dist.worker.counting import Counter
 from ties_dist.worker.matrices import Matrices
@@ -182,8 +182,13 @@ class Loaded:
 
     segments: list[Segment]
     operands: list[list[Operand]]
+    holders: int = 1
+    """Merges of the same inputs that compute with it, one after another."""
 
     def release(self) -> None:
+        self.holders -= 1
+        if self.holders:
+            return
         for operands in self.operands:
             for operand in operands:
                 operand.release()
@@ -204,6 +209,17 @@ class MergeStep:
     writer: Writer
     matrices: Matrices = field(default_factory=Matrices)
     buffers: Buffers = field(default_factory=Buffers)
+
+    @property
+    def requested_bytes(self) -> int:
+        return self.worker.requested_bytes
+
+    def warm_up(self) -> None:
+        self.worker.warm_up()
+
+    def sync(self, results: Sequence[MergeResult]) -> None:
+        """Make what these results say durable."""
+        self.writer.sync(output_files(result.item for result in results))
 
     @cached_property
     def sign_counter(self) -> int | None:
@@ -232,12 +248,7 @@ class MergeStep:
         return not solved.plain
 
     def compute(self, task: MergeTask, loaded: Loaded) -> Computed:
-        computed = self.merge(task, loaded)
-        loaded.release()
-        return computed
-
-    def merge(self, task: MergeTask, loaded: Loaded) -> Computed:
-        """`compute`, but what was loaded is kept, for another merge of the same unit."""
+        """Releases what was loaded, once for each of its holders."""
         item, worker = task.item, self.worker
         buffer = self.buffers.take(item.nbytes)
         out = buffer.data[: item.nbytes]
@@ -269,6 +280,7 @@ class MergeStep:
                 dependent += int(found[worker.plan.counter_names.index("cancellations")])
             if segment.tensor.counted:  # an alias is written again, but counted once
                 counts[segment.tensor.source] = tuple(int(c) for c in found)
+        loaded.release()
         return buffer, counts, dependent
 
     def _write_headers(self, item: WorkItem, out: memoryview) -> None:

@@ -13,7 +13,7 @@ from ties_dist.dtypes import TYPES
 from ties_dist.storage.digests import block_digests, digest
 from ties_dist.thresholds import Cuts, Window
 from ties_dist.values.items import MergeResult, WorkItem
-from ties_dist.worker.counting import Observation
+from ties_dist.values.observation import Observation
 from ties_dist.worker.matrices import Solved
 from ties_dist.worker.merging import MergeStep, Worker
 
@@ -23,6 +23,9 @@ class Observe:
     """Counts |delta| of units into histograms. windows: by expert, as of `Counter.observe`."""
 
     windows: Mapping[int, Window]
+
+    def empty(self) -> Observation:
+        return Observation()
 
     def __call__(self, step: MergeStep, unit: WorkItem, into: Observation) -> None:
         step.worker.observe(unit, self.windows, into)

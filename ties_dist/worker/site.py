@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ties_dist.compiler.native import KernelStore
@@ -11,9 +11,11 @@ from ties_dist.output.folder import OutFolder
 from ties_dist.output.lock import Holder, RunLock
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
-from ties_dist.storage.local import LocalWriter
+from ties_dist.storage.local import LocalWriter, write_durably
+from ties_dist.values.machine import Machine
 from ties_dist.worker.matrices import Matrices
 from ties_dist.worker.merging import MergeStep, Worker
+from ties_dist.worker.preflight import Expectation, machine, preflight
 
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
@@ -24,12 +26,33 @@ class Site:
     """What the work is, what a process may use for it, and where the output lies.
 
     holder: of OUT's lock. Whoever writes checks before each range that it still is, and stops where it is not.
+    expected: what other machines compare theirs with.
     """
 
     plan: MergePlan
     resources: Resources
     folder: OutFolder
     holder: Holder
+    expected: Expectation | None = None
+
+    @property
+    def threads(self) -> int:
+        return self.resources.thread_count
+
+    @property
+    def projected_bytes(self) -> int:
+        return self.plan.projected_bytes
+
+    def away(self) -> Site:
+        """As it travels. Leaves a file in OUT, by which others know that they see the same folder."""
+        expected = Expectation(token=f"seen-{self.holder.token}")
+        write_durably(self.folder.run / expected.token, "")
+        return replace(self, folder=replace(self.folder, path=self.folder.path.absolute()), expected=expected)
+
+    def inspect(self, *, gpus: int = 0) -> Machine:
+        """This machine, and all that speaks against merging on it."""
+        assert self.expected is not None, "only what went away is compared"
+        return machine(self.resources, gpus, preflight(self.plan, self.resources, self.folder, self.expected))
 
     def open(self, gpus: Gpus | None = None) -> MergeStep:
         """Inputs opened, a kernel to be compiled, the partial shards to be written."""

@@ -7,23 +7,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from tests.contracts.test_executor import CountingFold, CountingStep, described, units
+from tests.contracts.test_executor import NO_STEP, NOWHERE, CountingFold, CountingStep, described, units
 from tests.fleets import ThreadFleet
 from ties_dist.errors import ClusterError, LockedError, OutputError, PlanError, UnitError
-from ties_dist.executors.base import Ledger
-from ties_dist.executors.fleet import FleetExecutor, Pass
+from ties_dist.executors.board import Pass
+from ties_dist.executors.fleet import FleetExecutor
+from ties_dist.executors.ledger import Ledger
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.executors.orders import Joined, Lost, Order, perform
+from ties_dist.executors.orders import Ask, Joined, Lost, Merge, Order, perform
 from ties_dist.values.items import WorkItem
-from ties_dist.worker.counting import Observation
-from ties_dist.worker.merging import MergeStep
-from ties_dist.worker.site import Site
-
-SITE = cast(Site, None)
+from ties_dist.values.observation import Observation
 
 
 @pytest.fixture
@@ -34,19 +31,19 @@ def step() -> CountingStep:
 @pytest.fixture
 def fleet(step: CountingStep) -> Iterator[ThreadFleet]:
     fleet = ThreadFleet(workers=4, nodes=("a", "b"))
-    fleet.step = step.step
+    fleet.step = step
     yield fleet
     fleet.close()
 
 
 def started(fleet: ThreadFleet, **options: Any) -> FleetExecutor:
     executor = FleetExecutor(fleet, **options)
-    executor.start(SITE)
+    executor.start(NOWHERE)
     return executor
 
 
 def merged(executor: FleetExecutor, count: int) -> Counter[WorkItem]:
-    return Counter(r.item for r in executor.map_unordered(cast(MergeStep, None), units(count), described))
+    return Counter(r.item for r in executor.map_unordered(NO_STEP, units(count), described))
 
 
 def test_what_a_killed_worker_had_is_done_by_others(fleet: ThreadFleet, step: CountingStep) -> None:
@@ -79,9 +76,9 @@ def test_a_unit_that_kills_every_worker_is_named_and_all_others_are_done(
     fleet.before = kill
     results = []
     with pytest.raises(
-        UnitError, match=r"model.safetensors, bytes 7,340,032 to 8,388,608, failed 4 times, last on node"
+        UnitError, match=r"model.safetensors, bytes 7,340,032 to 8,388,608: failed 4 times, last on node"
     ):
-        for result in started(fleet).map_unordered(cast(MergeStep, None), units(60), described):
+        for result in started(fleet).map_unordered(NO_STEP, units(60), described):
             results.append(result.item)
     assert len(deaths) == 4
     assert poison not in results
@@ -140,54 +137,54 @@ def test_a_late_answer_of_a_worker_that_was_given_up_counts_for_nothing(fleet: T
             time.sleep(0.6)
 
     fleet.before = dawdle
-    executor, ledger = started(fleet, stuck_seconds=0.2), Ledger(units(30))
+    executor, ledger = started(fleet, stuck_seconds=0.2), Ledger(units(30), Observation())
     fold = CountingFold(seconds=0.01)
-    for partial in executor.reduce(cast(MergeStep, None), fold, units(30)):
+    for partial in executor.reduce(NO_STEP, fold, units(30)):
         assert ledger.accept(partial)
     assert not ledger.missing
     assert ledger.total.histograms[0].total == sum(range(1, 31))
 
 
 def test_an_error_of_ours_keeps_its_kind_and_names_the_node(fleet: ThreadFleet) -> None:
-    def full(_: MergeStep, item: int) -> int:
+    def full(_: object, item: int) -> int:
         if item == 3:
             raise OutputError("the disk is full.")
         return item
 
     with pytest.raises(OutputError, match=r"^node [ab]: the disk is full\.$"):
-        list(started(fleet).call(cast(MergeStep, None), full, range(10)))
+        list(started(fleet).call(NO_STEP, full, range(10)))
 
 
 def test_an_error_that_says_nothing_is_told_by_its_kind(fleet: ThreadFleet) -> None:
-    def exhausted(_: MergeStep, item: int) -> int:
+    def exhausted(_: object, item: int) -> int:
         raise MemoryError
 
     with pytest.raises(UnitError, match=r"failed 4 times, last on node [ab]: MemoryError"):
-        list(started(fleet).call(cast(MergeStep, None), exhausted, range(3)))
+        list(started(fleet).call(NO_STEP, exhausted, range(3)))
 
 
 def test_an_error_that_passes_is_tried_again(fleet: ThreadFleet) -> None:
     failures = Counter({3: 2, 5: 3})
 
-    def flaky(_: MergeStep, item: int) -> int:
+    def flaky(_: object, item: int) -> int:
         if failures[item] > 0:
             failures[item] -= 1
             raise OSError("a hiccup of the file system")
         return item
 
-    answers = list(started(fleet).call(cast(MergeStep, None), flaky, range(10)))
+    answers = list(started(fleet).call(NO_STEP, flaky, range(10)))
     assert sorted(answers) == [(i, i) for i in range(10)]
 
 
 def test_a_driver_that_lost_out_stops_at_once(fleet: ThreadFleet) -> None:
     asked: list[int] = []
 
-    def lost(_: MergeStep, item: int) -> int:
+    def lost(_: object, item: int) -> int:
         asked.append(item)
         raise LockedError("this run lost OUT to another")
 
     with pytest.raises(LockedError, match="this run lost OUT to another"):
-        list(started(fleet).call(cast(MergeStep, None), lost, range(1000)))
+        list(started(fleet).call(NO_STEP, lost, range(1000)))
     assert len(asked) <= 50
 
 
@@ -196,15 +193,16 @@ def test_a_fold_that_fails_tells_nothing_of_its_order(fleet: ThreadFleet) -> Non
     failures = Counter({unit: 1 for unit in units(60)[::7]})
     lock = threading.Lock()
 
-    def fold(step: MergeStep, unit: WorkItem, into: Observation) -> None:
-        CountingFold()(step, unit, into)
-        with lock:
-            failures[unit] -= 1
-            if failures[unit] == 0:
-                raise OSError("half counted")
+    class Failing(CountingFold):
+        def __call__(self, step: object, unit: WorkItem, into: Observation) -> None:
+            super().__call__(step, unit, into)
+            with lock:
+                failures[unit] -= 1
+                if failures[unit] == 0:
+                    raise OSError("half counted")
 
-    ledger = Ledger(units(60))
-    for partial in started(fleet).reduce(cast(MergeStep, None), fold, units(60)):
+    ledger = Ledger(units(60), Observation())
+    for partial in started(fleet).reduce(NO_STEP, Failing(), units(60)):
         assert ledger.accept(partial)
     assert not ledger.missing
     assert ledger.total.histograms[0].total == sum(range(1, 61))
@@ -306,7 +304,7 @@ def test_merges_of_lost_workers_stay_unanswered_and_those_of_others_do_not(
 def test_what_a_worker_was_kept_free_for_goes_to_another_where_it_is_lost(fleet: ThreadFleet, blameless: bool) -> None:
     executor = started(fleet)
     kept, other, *_ = executor.members.values()
-    asked = Pass("merge", units(1), describe=described)
+    asked = Pass(Merge(), units(1), lambda unit: unit.portion, described)
     for _ in range(2):
         assert asked.board.take(kept.worker, kept.node, idle=True, want_bytes=0) == (0,)
         asked.board.fail(0, "gone")
@@ -324,11 +322,11 @@ class Homesick(Exception):
 
 
 def test_an_error_of_any_kind_can_travel_to_the_driver(step: CountingStep) -> None:
-    def fail(_: MergeStep, item: int) -> int:
+    def fail(_: object, item: int) -> int:
         raise Homesick("no", "way")
 
-    order = Order(number=1, kind="call", operation=fail, items=(1,))
-    answer = pickle.loads(pickle.dumps(perform(order, step.step, LocalExecutor(1))))
+    order = Order(number=1, work=Ask(fail), items=(1,))
+    answer = pickle.loads(pickle.dumps(perform(order, step, LocalExecutor(1))))
     assert repr(answer.error) == "RuntimeError('Homesick: no way')"
 
 
@@ -341,5 +339,5 @@ def test_a_unit_that_takes_every_worker_along_is_named_though_nobody_blames_it(f
             fleet.lose(worker, blameless=True)
 
     fleet.before = take_along
-    with pytest.raises(UnitError, match="bytes 2,097,152 to 3,145,728, failed 4 times"):
+    with pytest.raises(UnitError, match="bytes 2,097,152 to 3,145,728: failed 4 times"):
         merged(started(fleet), 5)

@@ -6,11 +6,12 @@ A folder that another machine does not see, sees differently or cannot write is 
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,9 +24,11 @@ from ties_dist.errors import CheckpointError
 from ties_dist.inputs.opening import files_of, open_input
 from ties_dist.messages import readable
 from ties_dist.output.folder import OutFolder
-from ties_dist.storage.backends import memory_limit
+from ties_dist.planning.options import Resources
+from ties_dist.planning.plan import MergePlan
+from ties_dist.storage.backends import Backend, memory_limit
 from ties_dist.values.inputs import Input
-from ties_dist.worker.site import Site
+from ties_dist.values.machine import Machine
 
 PROBE_BYTES = 3 << 12
 COMPARED = ("ties-dist", "numpy", "llvmlite", "torch")
@@ -44,28 +47,25 @@ class Expectation:
     versions: dict[str, str] = field(default_factory=versions)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """kind: what has to be the same on all machines for the same bytes; text: what to tell of this one.
-
-    Processors of one architecture differ in how much they compute at once, not in a bit of it; of different ones that
-    is not proven.
-    """
-
-    kind: str
-    text: str
-
-
-def facts(site: Site, *, gpus: int = 0) -> Facts:
+def machine(resources: Resources, gpus: int, problems: Sequence[str] = ()) -> Machine:
+    """This one, for what has to be the same on all of them."""
+    if gpus:
+        return Machine(kind="cuda", text=f"{gpus} GPUs", problems=tuple(problems))
     _, _, lanes = processor()
-    kernel = "eager" if site.resources.kernel == "eager" else f"compiled for {llvm.get_host_cpu_name()}"
-    text = f"{site.resources.thread_count} threads, kernel {kernel} ({lanes} float32 at once)"
-    return Facts(kind="cuda", text=f"{gpus} GPUs") if gpus else Facts(kind=platform.machine(), text=text)
+    kernel = "eager" if resources.kernel == "eager" else f"compiled for {llvm.get_host_cpu_name()}"
+    text = f"{resources.thread_count} threads, kernel {kernel} ({lanes} float32 at once)"
+    return Machine(kind=platform.machine(), text=text, problems=tuple(problems))
 
 
-def preflight(site: Site, expected: Expectation) -> tuple[str, ...]:
+def preflight(plan: MergePlan, resources: Resources, folder: OutFolder, expected: Expectation) -> tuple[str, ...]:
     """All that speaks against this machine, one line each; empty where nothing does."""
-    return (*_versions(expected), *_inputs(site), *_output(site.folder, expected.token), *_memory(site))
+    problems = (
+        _versions(expected),
+        _inputs(plan, resources.backend),
+        _output(folder, expected.token),
+        _memory(plan.projected_bytes),
+    )
+    return tuple(itertools.chain.from_iterable(problems))
 
 
 def _versions(expected: Expectation) -> Iterator[str]:
@@ -74,17 +74,17 @@ def _versions(expected: Expectation) -> Iterator[str]:
             yield f"{name} {found} is installed here, {expected.versions[name]} where the merge was started"
 
 
-def _inputs(site: Site) -> Iterator[str]:
-    for model in {(m.path, m.adapter): m for m in site.plan.models}.values():
+def _inputs(plan: MergePlan, backend: Backend) -> Iterator[str]:
+    for model in {(m.path, m.adapter): m for m in plan.models}.values():
         try:
             adapter = Path(model.adapter) if model.adapter else None
-            _, found = open_input(Path(model.path), adapter, model.name, site.resources.backend)
+            _, found = open_input(Path(model.path), adapter, model.name, backend)
         except (CheckpointError, OSError) as error:
             yield f"{model.path}: {error}"
             continue
         if found != model.identity:
             yield f"{model.path}: '{model.name}' is not the model it is where the merge was started"
-        elif site.resources.backend in ("auto", "mmap") and (reason := _unmappable(model)):
+        elif backend in ("auto", "mmap") and (reason := _unmappable(model)):
             yield f"{model.path}: files cannot be mapped here ({reason}); give --read-backend pread"
 
 
@@ -128,10 +128,10 @@ def _output(folder: OutFolder, token: str) -> Iterator[str]:
                 path.unlink(missing_ok=True)
 
 
-def _memory(site: Site) -> Iterator[str]:
+def _memory(needed: int) -> Iterator[str]:
     limit = memory_limit()
-    if limit is not None and site.plan.projected_bytes > limit:
+    if limit is not None and needed > limit:
         yield (
-            f"a worker needs {readable(site.plan.projected_bytes)} of memory, the limit here is {readable(limit)}; "
+            f"a worker needs {readable(needed)} of memory, the limit here is {readable(limit)}; "
             "give a smaller --memory-budget or larger workers"
         )

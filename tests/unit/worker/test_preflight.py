@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import Checkpoints, random_models
-from ties_dist.executors.preflight import Expectation, facts, preflight
 from ties_dist.output.folder import OutFolder
 from ties_dist.output.lock import Holder
 from ties_dist.planning.prepare import prepare
+from ties_dist.worker.preflight import Expectation, versions
 from ties_dist.worker.site import Site
 
 TOKEN = "seen-here"
@@ -28,11 +28,17 @@ def site(merge_job: Checkpoints, tmp_path: Path) -> Site:
     folder = OutFolder(path=tmp_path / "out", fingerprint=job.plan.fingerprint)
     folder.run.mkdir(parents=True)
     (folder.run / TOKEN).touch()
-    return Site(plan=job.plan, resources=job.resources, folder=folder, holder=Holder.myself())
+    return Site(
+        plan=job.plan,
+        resources=job.resources,
+        folder=folder,
+        holder=Holder.myself(),
+        expected=Expectation(token=TOKEN),
+    )
 
 
 def problems(site: Site, **expected: Any) -> str:
-    return "\n".join(preflight(site, Expectation(token=TOKEN, **expected)))
+    return "\n".join(replace(site, expected=Expectation(token=TOKEN, **expected)).inspect().problems)
 
 
 def test_nothing_speaks_against_the_machine_that_asks(site: Site) -> None:
@@ -83,8 +89,6 @@ def test_a_rename_that_fails_is_named(site: Site, monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_versions_are_told_beside_the_expected_ones(site: Site) -> None:
-    from ties_dist.executors.preflight import versions
-
     other = {**versions(), "numpy": "1.0"}
     assert problems(site, versions=other) == (
         f"numpy {versions()['numpy']} is installed here, 1.0 where the merge was started"
@@ -92,7 +96,7 @@ def test_other_versions_are_told_beside_the_expected_ones(site: Site) -> None:
 
 
 def test_a_memory_limit_below_the_projection_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ties_dist.executors.preflight.memory_limit", lambda: 100 << 20)
+    monkeypatch.setattr("ties_dist.worker.preflight.memory_limit", lambda: 100 << 20)
     assert "of memory, the limit here is 100MiB; give a smaller --memory-budget" in problems(site)
 
 
@@ -106,13 +110,25 @@ def test_files_that_cannot_be_mapped_are_told_unless_they_are_not_to_be(
     pread = replace(site, resources=replace(site.resources, backend="pread"))
     assert problems(pread) == ""
     identities = {m.path: m.identity for m in site.plan.models}
-    monkeypatch.setattr("ties_dist.executors.preflight.open_input", lambda path, *_: (None, identities[str(path)]))
+    monkeypatch.setattr("ties_dist.worker.preflight.open_input", lambda path, *_: (None, identities[str(path)]))
     assert (
         problems(site).count("files cannot be mapped here ([Errno 19] No such device); give --read-backend pread") == 3
     )
 
 
 def test_the_kind_of_a_machine_is_its_architecture_or_its_gpu(site: Site) -> None:
-    assert facts(site).kind == os.uname().machine
-    assert facts(site, gpus=1).kind == "cuda"
-    assert "float32 at once" in facts(site).text
+    assert site.inspect().kind == os.uname().machine
+    assert site.inspect(gpus=1).kind == "cuda"
+    assert "float32 at once" in site.inspect().text
+
+
+def test_a_site_that_travels_leaves_what_it_is_compared_by(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = replace(site, folder=replace(site.folder, path=Path("out")), expected=None)
+    away = relative.away()
+    assert away.folder.path == tmp_path / "out"
+    assert away.expected is not None
+    assert (site.folder.run / away.expected.token).exists()
+    assert away.inspect().problems == ()
