@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """Told of phases one after another; `advance` counts the phase's bytes."""
+    """Told of phases one after another; `advance` counts the phase's bytes. `end` comes also where a phase fails."""
 
     def begin(self, phase: str, total_bytes: int) -> None: ...
 
@@ -51,8 +51,8 @@ class LogProgress:
     def end(self) -> None:
         elapsed = time.monotonic() - self._began
         rate = readable(self._done / max(elapsed, 1e-9))
-        said = ("%s: %s, %s/s, %.1f s", self._phase, readable(self._done), rate, elapsed)
-        logger.info(*said, extra=self._numbers(elapsed))
+        done = readable(self._done) + (f" of {readable(self._total)}" if self._done < self._total else "")
+        logger.info("%s: %s, %s/s, %.1f s", self._phase, done, rate, elapsed, extra=self._numbers(elapsed))
 
     def _numbers(self, elapsed: float) -> dict[str, object]:
         """For structured logs."""
@@ -82,8 +82,21 @@ class Noted:
         self.inner.end()
 
 
+class Silent:
+    """Of work inside another's phase."""
+
+    def begin(self, phase: str, total_bytes: int) -> None: ...
+
+    def advance(self, done_bytes: int) -> None: ...
+
+    def end(self) -> None: ...
+
+
 @contextmanager
 def phase(progress: Progress, name: str, total_bytes: int) -> Iterator[None]:
+    """Ended whatever happens in it: a bar that is left standing hides the cursor, and the message is glued to it."""
     progress.begin(name, total_bytes)
-    yield
-    progress.end()
+    try:
+        yield
+    finally:
+        progress.end()

@@ -41,12 +41,23 @@ def tell(level: int, text: str) -> None:
 
 def log(verbose: int, quiet: bool) -> None:
     level = logging.WARNING if quiet else logging.DEBUG if verbose > 1 else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[OnStderr()])
     context = click.get_current_context(silent=True)
     if context is not None and context.find_root().params.get("log_format") == "json":
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonLines())
     logging.getLogger("ties_dist").setLevel(level)
+
+
+class OnStderr(logging.Handler):
+    """Writes to what is standard error at that moment: while a bar is drawn, that is a stream which writes above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class JsonLines(logging.Formatter):
@@ -84,6 +95,7 @@ def signals() -> Iterator[threading.Event]:
 
     def handle(number: int, _: FrameType | None) -> None:
         if received:
+            _show_cursor()
             os._exit(SIGINT_STATUS if number == signal.SIGINT else StoppedError.exit_status)
         received.append(number)
         stop.set()
@@ -98,6 +110,12 @@ def signals() -> Iterator[threading.Event]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _show_cursor() -> None:
+    """Of a bar that nobody will end. Past the stream, which the code that was interrupted may be writing to."""
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")
 
 
 class Interrupted(StoppedError):

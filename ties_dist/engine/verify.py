@@ -20,7 +20,7 @@ from ties_dist.output.folder import STATE, OutFolder
 from ties_dist.output.journal import unpack
 from ties_dist.planning.options import Resources
 from ties_dist.planning.prepare import Job, prepare
-from ties_dist.progress import Progress, phase
+from ties_dist.progress import Progress, Silent, phase
 from ties_dist.recipe.document import read_document
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.digests import block_digests
@@ -152,7 +152,7 @@ def _check_sample(
         raise CheckpointError(f"the inputs of {out} are not what they were when it was merged.")
     units = list(job.plan.items())
     chosen = random.sample(units, max(1, min(len(units), round(share * len(units)))))
-    passes = _passes(job, out, progress)
+    passes = _passes(job, out)
     if origin["thresholds"]:
         passes.find_thresholds(unpack(origin["thresholds"]))
     problems = []
@@ -190,7 +190,7 @@ def _place(out: Path, places: Mapping[str, Sequence[str] | str], text: str) -> s
     return "+".join(str((out / part).resolve()) for part in parts)
 
 
-def _passes(job: Job, out: Path, progress: Progress) -> Passes:
+def _passes(job: Job, out: Path) -> Passes:
     """The passes of a merge whose results go nowhere."""
     return Passes(
         plan=job.plan,
@@ -202,7 +202,7 @@ def _passes(job: Job, out: Path, progress: Progress) -> Passes:
         ),
         executor=LocalExecutor(job.plan.threads),
         keeper=Forgetful(),
-        progress=progress,
+        progress=Silent(),
     )
 
 

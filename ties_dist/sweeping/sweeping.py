@@ -22,7 +22,7 @@ from ties_dist.messages import listing
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.options import Resources
 from ties_dist.planning.prepare import Job, prepare
-from ties_dist.progress import LogProgress, Progress
+from ties_dist.progress import LogProgress, Progress, Silent
 from ties_dist.recipe.document import read_document
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
@@ -204,13 +204,3 @@ def _worst(failures: Mapping[int, BaseException], chosen: Sequence[Variant]) -> 
 
 def _exit(error: BaseException) -> int:
     return error.exit_status if isinstance(error, TiesDistError) else 1
-
-
-class Silent:
-    """Progress of merges that go along with the first."""
-
-    def begin(self, phase: str, total_bytes: int) -> None: ...
-
-    def advance(self, done_bytes: int) -> None: ...
-
-    def end(self) -> None: ...
