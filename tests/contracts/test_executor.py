@@ -361,7 +361,7 @@ class LocalExecutorContract(ExecutorContract):
     def test_what_is_not_computed_yet_is_dropped_when_stopped(self, executor: Executor, stop: threading.Event) -> None:
         step = CountingStep(compute_seconds=0.2)
         results = []
-        with pytest.raises(StoppedError):
+        with pytest.raises(StoppedError, match="everything finished is kept"):
             for result in executor.map_unordered(step, units(), described):
                 results.append(result.item)
                 stop.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -264,9 +265,10 @@ def test_what_cannot_be_applied_is_refused(
 
 def test_all_problems_of_an_adapter_are_told_at_once(base: dict[str, Tensor], tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", lora("head", 9, 25) | lora("layers.7.q", 4, 4) | lora("layers.0.q", 3, 24))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(
+        CheckpointError, match=r"(?s)(?=.*head\.weight)(?=.*layers\.7\.q\.weight).*layers\.0\.q\.weight"
+    ):
         ties_dist.plan(write_recipe(tmp_path, "a"))
-    assert all(word in str(caught.value) for word in ("head.weight", "layers.7.q.weight", "layers.0.q.weight"))
 
 
 def test_adapters_in_the_wrong_place_are_refused(base: dict[str, Tensor], tmp_path: Path) -> None:
@@ -471,9 +473,8 @@ def test_adapters_that_do_not_fit_together_are_refused(what: str, tmp_path: Path
     config, message = UNMERGEABLE[what]
     write_adapter(tmp_path / "one", both(), target_modules=["q"])
     write_adapter(tmp_path / "two", **config)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         ties_dist.merge(write_merge(tmp_path, "one", "two", parameters={"density": 0.5}), tmp_path / "out")
-    assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

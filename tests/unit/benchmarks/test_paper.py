@@ -218,5 +218,5 @@ def test_jobs_run_in_processes_of_one_thread_and_return_in_order_or_raise() -> N
     assert at_once(partial(operator.mul, 2, n) for n in range(5)) == [0, 2, 4, 6, 8]
     assert at_once([torch.get_num_threads]) == [1]
     assert os.getpid() not in at_once([os.getpid])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="by zero"):
         at_once([partial(operator.truediv, 1, 0)])
