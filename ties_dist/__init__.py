@@ -8,7 +8,7 @@ Names are imported at first use: `ties-dist --help` needs no torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ties_dist.errors import (
     CheckpointError,
@@ -47,8 +47,8 @@ _WHERE = {
     "collect": "collecting.collect",
     "merge": "api",
     "merge_state_dicts": "in_memory",
-    "sweep": "sweeping.sweeping",
     "plan": "api",
+    "sweep": "sweeping.sweeping",
     "PlanReport": "api",
     "MergeReport": "output.report",
     "Recipe": "recipe.recipe",
@@ -83,8 +83,13 @@ __all__ = [
     "sweep",
 ]
 
+if not TYPE_CHECKING:  # a type checker that sees this takes every name for one of ours
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ties_dist.{_WHERE[name]}"), name)
+    def __getattr__(name: str) -> object:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

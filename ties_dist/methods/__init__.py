@@ -29,12 +29,13 @@ _WHERE = {
 
 __all__ = ["METHODS", "Cut", "Linear", "Method", "State", "TaskArithmetic", "Ties", "TrimRule", "known_methods"]
 
+if not TYPE_CHECKING:  # a type checker that sees this takes every name for one of ours
 
-def __getattr__(name: str) -> object:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    def __getattr__(name: str) -> object:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
