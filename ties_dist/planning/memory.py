@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ties_dist.values.items import UNITS_AROUND
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import Matrix
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.values.inputs import Input
+from ties_dist.values.items import UNITS_AROUND
 
 DEFAULT_UNIT_BYTES = 8 << 20
 """Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M (facts.md)."""
