@@ -312,11 +312,7 @@ class Stage:
 
 def merge(passes: Passes) -> str:
     """All passes; the digest of what was written. Raises ProofError and NumericError as a merge does."""
-    passes.find_thresholds()
-    passes.merge_missing()
-    passes.prove()
-    passes.settle_majority()
-    passes.check_numbers()
+    passes.run()
     blocks = blocks_by_file(passes.results.values())
     shards = passes.plan.layout.shards
     if any(len(blocks[s.name]) != -(-s.size // BLOCK_BYTES) for s in shards):

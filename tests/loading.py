@@ -7,6 +7,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from ties_dist.output.journal import Record, read_journals
+from ties_dist.storage.local_place import LocalPlace
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Version = Mapping[str, str]
@@ -45,3 +48,8 @@ def standing(out: Path, versions: Mapping[str, Version]) -> str | None:
         for name, version in versions.items()
     }
     raise AssertionError(f"OUT can be loaded, but is no whole model; differing files by version: {differing}")
+
+
+def journals_of(run: Path) -> Record:
+    """What the journals in a run's folder say together."""
+    return read_journals(LocalPlace(run.parent), run.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,8 @@ from ties_dist.planning.sample import sample_slices
 from ties_dist.progress import LogProgress, Progress
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
+from ties_dist.storage.local_place import LocalPlace
+from ties_dist.storage.place import Place
 from ties_dist.thresholds import predict
 from ties_dist.values.views import read_bytes
 from ties_dist.worker.merging import Worker
@@ -94,7 +95,7 @@ def merge(
             told(job.notes)
         return run(
             job,
-            Path(out),
+            LocalPlace(Path(out)),
             executor=hired.executor,
             progress=progress or LogProgress(),
             store=StatisticsStore(cache),
@@ -193,8 +194,8 @@ def plan(
         memory_budget=chosen.memory_budget,
         threads=chosen.threads,
         disk_needed_bytes=chosen.layout.total_bytes + sum(m.nbytes for m in chosen.matrices.values()),
-        disk_free_bytes=None if out is None else _free(Path(out)),
-        out_holds=None if out is None else _holds(Path(out), chosen),
+        disk_free_bytes=None if out is None else LocalPlace(Path(out)).free(),
+        out_holds=None if out is None else _holds(LocalPlace(Path(out)), chosen),
         fingerprint=chosen.fingerprint,
         notes=job.notes,
         sample=_sample(job) if sample else None,
@@ -224,16 +225,11 @@ def _guess_bytes(chosen: MergePlan) -> int:
     return sum(read_bytes(m.views[name], start, stop) for name, start, stop in sample_slices(chosen)[0] for m in models)
 
 
-def _holds(out: Path, chosen: MergePlan) -> str:
+def _holds(out: Place, chosen: MergePlan) -> str:
     """Raises OutputError where OUT cannot be merged into."""
-    folder = OutFolder(path=out, fingerprint=chosen.fingerprint)
-    folder.check([Path(m.path) for m in chosen.models])
+    folder = OutFolder(place=out, fingerprint=chosen.fingerprint)
+    folder.check([model.path for model in chosen.models])
     return folder.holds()
-
-
-def _free(out: Path) -> int:
-    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free
 
 
 def _sample(job: Job) -> Sample:

@@ -73,18 +73,13 @@ def merge_state_dicts(
     for shard in job.plan.layout.shards:
         writer.create(shard.name, shard.size)
     worker = Worker(job.plan, lambda model: readers[model.path], kernel, KernelStore(cache_folder(None) / KERNELS))
-    passes = Passes(
+    Passes(
         plan=job.plan,
         step=MergeStep(worker, writer),
         executor=LocalExecutor(job.plan.threads),
         keeper=Forgetful(),
         progress=LogProgress(),
-    )
-    passes.find_thresholds()
-    passes.merge_missing()
-    passes.prove()
-    passes.settle_majority()
-    passes.check_numbers()
+    ).run()
     return _tensors(job, writer, parts[0])
 
 

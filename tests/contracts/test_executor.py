@@ -33,6 +33,7 @@ from ties_dist.executors.local import LocalExecutor
 from ties_dist.planning.options import Resources
 from ties_dist.planning.prepare import prepare
 from ties_dist.progress import LogProgress
+from ties_dist.storage.local_place import LocalPlace
 from ties_dist.thresholds import Histogram, Window
 from ties_dist.values.items import UNITS_AROUND, MergeResult, MergeTask, Range, WorkItem
 from ties_dist.values.observation import Observation
@@ -525,7 +526,7 @@ def test_lost_late_and_repeated_partials_change_nothing(
     expected = ties_dist.merge(recipe, tmp_path / "undisturbed", cache_dir=tmp_path / "one", unit_size=1 << 20)
     job = prepare(recipe, resources=Resources(unit_bytes=1 << 20))
     executor = UnreliableExecutor(LocalExecutor(2, partial_seconds=0.0))
-    report = engine.run(job, tmp_path / "out", executor=executor, progress=LogProgress())
+    report = engine.run(job, LocalPlace(tmp_path / "out"), executor=executor, progress=LogProgress())
     assert report.output_digest == expected.output_digest
     assert report.thresholds_from == "scan"
     assert executor.rounds > 1
@@ -542,7 +543,7 @@ def test_an_executor_of_a_few_lines_carries_a_whole_merge(
     recipe = merge_job(models, options=options)
     expected = ties_dist.merge(recipe, tmp_path / "undisturbed", cache_dir=tmp_path / "one", unit_size=1 << 20)
     job = prepare(recipe, resources=Resources(unit_bytes=1 << 20))
-    report = engine.run(job, tmp_path / "out", executor=OneThread(), progress=LogProgress())
+    report = engine.run(job, LocalPlace(tmp_path / "out"), executor=OneThread(), progress=LogProgress())
     assert report.output_digest == expected.output_digest
     assert (report.executor, report.thresholds_from) == ("one thread", "scan")
     assert len(Path(inspect.getfile(OneThread)).read_text().splitlines()) <= 60

@@ -28,8 +28,7 @@ import torch
 from benchmarks.measure import RESULTS, machine, table
 from tests.drills.forked import Forge
 from tests.drills.jobs import late_majority, write_job
-from tests.loading import Version, standing, version_of
-from ties_dist.output.journal import read_journals
+from tests.loading import Version, journals_of, standing, version_of
 
 PHASES = ("start", "scan", "merge", "redo", "publish", "done")
 """Where a kill can hit: before there is anything in OUT; before the first journalled unit; before every byte is
@@ -259,9 +258,9 @@ def phase(out: Path, reference: Reference) -> str:
         return "done"
     run = out / ".ties_dist" / reference.report["fingerprint"]
     try:
-        record = read_journals(run)
+        record = journals_of(run)
     except FileNotFoundError:  # removed while it was read
-        record = read_journals(out / "nothing")
+        record = journals_of(out / "nothing")
     if not record.publishing and run.is_dir():
         if not record.merged:
             return "scan"

@@ -44,6 +44,7 @@ from ties_dist.engine.verify import verify
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.options import Resources
 from ties_dist.progress import LogProgress
+from ties_dist.storage.local_place import LocalPlace
 
 SETTINGS = {
     "ties_dist.engine.passes:COMMIT_SECONDS": 0.1,
@@ -360,7 +361,7 @@ class OneRun:
                     run.missed.append(fault)
         try:
             report = report_of(self.out)
-            verify(self.out, sample=0, progress=Quiet(), resources=Resources())
+            verify(LocalPlace(self.out), sample=0, progress=Quiet(), resources=Resources())
         except Exception as error:
             run.problems.append(f"{type(error).__name__}: {error}")
             return

@@ -28,6 +28,7 @@ from tests.integration.command import SHAPES, Outcome, contents, finish, readabl
 from ties_dist.errors import StoppedError
 from ties_dist.output.lock import RunLock
 from ties_dist.storage.local import LocalWriter
+from ties_dist.storage.local_place import LocalPlace
 
 Model = dict[str, Tensor]
 Refused = Callable[..., str]
@@ -781,7 +782,7 @@ def test_a_second_merge_on_one_out_is_refused_naming_the_holder(
     merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = merge_job(two_experts()), tmp_path / "out"
-    lock = RunLock(out / ".ties_dist")
+    lock = RunLock(LocalPlace(out))
     lock.acquire()
     try:
         ended = run(capsys, "merge", recipe, out)

@@ -27,6 +27,7 @@ from tests.integration.command import SHAPES, Outcome, contents, finish, readabl
 from ties_dist.output.lock import RunLock
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.local import LocalWriter
+from ties_dist.storage.local_place import LocalPlace
 
 Model = dict[str, Tensor]
 Run = Callable[..., Outcome]
@@ -386,7 +387,7 @@ def test_a_sample_finds_bytes_that_the_recipe_does_not_give(merged: Path, cli: R
     assert cli("verify", merged, "--sample", "0").status == 0
     ended = cli("verify", merged, "--sample", "1")
     assert ended.status == 2
-    assert "model.safetensors: bytes 0 to" in ended.err and "differ from a new merge" in ended.err
+    assert "model.safetensors, bytes 0 to" in ended.err and "differ from a new merge" in ended.err
 
 
 def test_verify_without_the_inputs_says_that_no_sample_was_merged(merged: Path, tmp_path: Path, cli: Run) -> None:
@@ -481,7 +482,7 @@ def test_a_waiting_merge_ends_on_ctrl_c(
     merge_job: Checkpoints, tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, out = merge_job(small_models()), tmp_path / "out"
-    lock = RunLock(out / ".ties_dist")
+    lock = RunLock(LocalPlace(out))
     lock.acquire()
     try:
         waking = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -20,8 +20,7 @@ import pytest
 from tests.drills.forked import Forge, Forked
 from tests.drills.jobs import late_majority, write_job
 from tests.integration.command import finish, start
-from tests.loading import Version, standing, version_of
-from ties_dist.output.journal import read_journals
+from tests.loading import Version, journals_of, standing, version_of
 
 ELEMENTS = 9 * 64 * 4608
 """Of bfloat16: 5.1 MiB in three shards, 6 units of 1 MiB."""
@@ -139,14 +138,16 @@ SCAN = [
 ]
 MERGE = [(WRITE, 1), (WRITE, 4), ("os:fdatasync", 3), ("ties_dist.output.journal:Journal.commit", 4)]
 REDO = [(WRITE, UNITS + 2), ("os:fdatasync", UNITS + 2), ("ties_dist.engine.passes:Passes.prove", 1)]
+NAMES = "ties_dist.engine.run:give_names"
+PLACE = "ties_dist.storage.local_place"
 PUBLISH = [
-    ("ties_dist.engine.run:publish", 1),
-    ("ties_dist.output.publish:_remove_old", 1),
-    ("ties_dist.output.publish:write_durably", 1),  # the manifest
-    ("ties_dist.output.publish:write_durably", 3),
-    ("ties_dist.engine.run:publish > pathlib:Path.replace", 1),
-    ("ties_dist.engine.run:publish > pathlib:Path.replace", 3),
-    ("ties_dist.output.publish:sync_folder", 2),  # the shards have their names, the index is missing
+    (NAMES, 1),
+    (f"{PLACE}:LocalPlace.retire", 1),
+    (f"{NAMES} > {PLACE}:write_durably", 1),  # the manifest
+    (f"{NAMES} > {PLACE}:write_durably", 3),
+    (f"{NAMES} > pathlib:Path.replace", 1),
+    (f"{NAMES} > pathlib:Path.replace", 3),
+    (f"{NAMES} > {PLACE}:sync_folder", 2),  # the shards have their names, the index is missing
 ]
 
 
@@ -165,7 +166,7 @@ def test_killed_before_anything_was_merged(call: str, number: int, merges: Merge
 def test_killed_while_merging_or_redoing(call: str, number: int, merges: Merges) -> None:
     merges.killed(call, number)
     assert standing(merges.out, merges.job.versions) is None
-    journalled = {result.item for result in read_journals(merges.run).merged}
+    journalled = {result.item for result in journals_of(merges.run).merged}
     report = merges.finished()
     # A unit that was being redone has other bytes than its line says: it is the only kind that is not taken over.
     assert len(journalled) - 2 <= report["resumed_units"] <= len(journalled)
@@ -183,15 +184,15 @@ def test_killed_while_publishing(over: str, call: str, number: int, merges: Merg
     merges.killed(call, number, *options)
     # Over an older model the first move is that of its index, out of the way.
     first_move = call.endswith("Path.replace") and number == 1
-    began = call not in ("ties_dist.engine.run:publish", "ties_dist.output.publish:_remove_old") and not first_move
+    began = call not in (NAMES, f"{PLACE}:LocalPlace.retire") and not first_move
     assert standing(merges.out, merges.job.versions) == (None if began or not options else "old")
-    assert read_journals(merges.run).publishing
+    assert journals_of(merges.run).publishing
     report = merges.finished(*options)
     assert report["resumed_units"] == report["units"]
 
 
 def test_killed_after_the_commit_point_is_done(merges: Merges) -> None:
-    merges.killed("ties_dist.engine.run:publish > shutil:rmtree", 1)
+    merges.killed(f"{NAMES} > shutil:rmtree", 1)
     assert standing(merges.out, merges.job.versions) == "new"
     assert merges.finished()["already_done"]
 
@@ -204,7 +205,7 @@ def test_killed_while_tensors_are_selected_and_merged_one_group_after_another(
 ) -> None:
     merges = Merges(forge=forge, job=per_tensor, folder=tmp_path)
     merges.killed(call, 4)
-    record = read_journals(merges.run)
+    record = journals_of(merges.run)
     report = merges.finished()
     assert report["resumed_units"] == len(record.merged)
     assert (len(record.cuts) > 0) == (call != "ties_dist.worker.merging:Worker.select")
@@ -218,7 +219,7 @@ def test_killed_again_and_again_with_other_resources_each_time(merges: Merges) -
     merges.killed(WRITE, 2, *small, "--read-backend", "pread")
     merges.killed("ties_dist.engine.passes:Passes.settle_majority", 1, "--unit-size", "2MiB")
     merges.killed(WRITE, 2, "--unit-size", "4MiB", "--trust-journal")
-    merges.killed("ties_dist.engine.run:publish > pathlib:Path.replace", 2, *small)
+    merges.killed(f"{NAMES} > pathlib:Path.replace", 2, *small)
     report = merges.finished("--unit-size", "5MiB")
     assert report["resumed_units"] == report["units"]
 
@@ -227,7 +228,7 @@ def test_what_a_kill_left_is_read_again_and_not_believed(merges: Merges) -> None
     merges.killed(WRITE, 5)
     journal = next(merges.run.glob("journal-*.jsonl"))
     lines = journal.read_bytes().splitlines(keepends=True)
-    merged = [result.item for result in read_journals(merges.run).merged]
+    merged = [result.item for result in journals_of(merges.run).merged]
     journal.write_bytes(b"".join(lines) + lines[-1][: len(lines[-1]) // 2])  # the tail of a line that was being written
     damaged = merged[1].ranges[0]
     with open(merges.run / "parts" / f"{damaged.file}.partial", "r+b") as part:
@@ -255,7 +256,7 @@ def test_a_signal_ends_a_merge_that_can_be_resumed(
     assert "Traceback" not in said and "{" not in said  # nothing on standard output
     assert standing(merges.out, merges.job.versions) is None
     assert list(merges.out.glob(".ties_dist/l*k")) == []  # the lock is released
-    journalled = {result.item for result in read_journals(merges.run).merged}
+    journalled = {result.item for result in journals_of(merges.run).merged}
     assert merges.finished()["resumed_units"] == len(journalled)
 
 

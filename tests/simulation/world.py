@@ -30,11 +30,13 @@ from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Answer, Answered, Event, Joined, Lost, Order, perform
 from ties_dist.inputs.opening import opener
-from ties_dist.output.lock import Holder, RunLock
+from ties_dist.output.holder import Holder
+from ties_dist.output.lock import RunLock
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.options import Resources
 from ties_dist.planning.prepare import Job, prepare
-from ties_dist.storage.local import LocalWriter
+from ties_dist.storage.base import Writer
+from ties_dist.storage.local_place import LocalPlace
 from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.site import Site
 
@@ -183,7 +185,7 @@ class World:
     folder: Path
     jobs: dict[str, tuple[Job, str]] = field(default_factory=dict)
     workers: dict[str, Worker] = field(default_factory=dict)
-    writers: list[LocalWriter] = field(default_factory=list)
+    writers: list[Writer] = field(default_factory=list)
 
     @classmethod
     def make(cls, folder: Path) -> World:
@@ -200,7 +202,7 @@ class World:
                 resources=Resources(threads=1),
             )
             _ = job.stamps
-            report = engine.run(job, world.undisturbed(name), executor=LocalExecutor(1), progress=Quiet())
+            report = engine.run(job, LocalPlace(world.undisturbed(name)), executor=LocalExecutor(1), progress=Quiet())
             world.jobs[name] = job, report.output_digest
             world.workers[name] = Worker(
                 job.plan, opener(job.plan.models, job.resources.backend, reread_bytes=job.plan.reread_bytes)
@@ -212,8 +214,7 @@ class World:
 
     def step(self, name: str, site: Site) -> MergeStep:
         """As `Site.open`, but inputs are opened, and the kernel compiled, once for all schedules."""
-        lock = RunLock(site.folder.state, me=site.holder)
-        writer = LocalWriter(site.folder.parts, site.folder.path, fence=lock.check)
+        writer = site.folder.place.writer(site.folder.parts, RunLock(site.folder.place, me=site.holder).check)
         self.writers.append(writer)
         return MergeStep(self.workers[name], writer)
 
@@ -274,7 +275,8 @@ class Schedule:
         clock = SimpleNamespace(
             monotonic=self.clock.monotonic, sleep=self.clock.sleep, strftime=lambda *_: "then", gmtime=lambda: None
         )
-        patched.setattr("ties_dist.output.lock.time", clock)
+        for module in ("output.lock", "output.holder", "storage.local_place"):
+            patched.setattr(f"ties_dist.{module}.time", clock)
         patched.setattr("ties_dist.engine.passes.COMMIT_SECONDS", self.draw.choice([-1.0, 1e9]))
         patched.setattr("ties_dist.engine.passes.SIGNS_FROM", 1e9)
         patched.setattr("ties_dist.planning.sample.SAMPLE_SLICES", 8)
@@ -367,7 +369,12 @@ class Schedule:
             )
             try:
                 report = engine.run(
-                    self.job, self.out, executor=executor, progress=Quiet(), speculate=self.speculate, wait=True
+                    self.job,
+                    LocalPlace(self.out),
+                    executor=executor,
+                    progress=Quiet(),
+                    speculate=self.speculate,
+                    wait=True,
                 )
             except (UnitError, OutputError) as error:  # a unit that failed again and again: the command is repeated
                 if isinstance(error, LockedError):

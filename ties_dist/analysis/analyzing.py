@@ -40,6 +40,7 @@ from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
 from ties_dist.storage.digests import digest
 from ties_dist.storage.local import write_durably
+from ties_dist.storage.local_place import LocalPlace
 from ties_dist.storage.memory import MemoryWriter
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import predict, to_bits
@@ -99,7 +100,7 @@ def analyze(
         told(job.notes)
     cache = cache_folder(Path(cache_dir) if cache_dir is not None else None)
     kept = cache / ANALYSES / f"{_key(job, chosen)}.json"
-    snapshot = Snapshot(kept.with_suffix(".partial"), shared=True)
+    snapshot = Snapshot(LocalPlace(kept.parent), kept.with_suffix(".partial").name, shared=True)
     found = _kept(kept)
     if found is None:
         executor = LocalExecutor(resources.thread_count + READ_AHEAD, stop or threading.Event())

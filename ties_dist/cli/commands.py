@@ -141,8 +141,9 @@ def submit_command(
 def status_command(out: Path, as_json: bool) -> None:
     """How far the merge into OUT is, running or not; from any machine that sees OUT."""
     from ties_dist.output.status import describe, status
+    from ties_dist.storage.local_place import LocalPlace
 
-    found = status(out)
+    found = status(LocalPlace(out))
     click.echo(json.dumps(asdict(found), indent=2) if as_json else describe(found))
 
 
@@ -266,10 +267,11 @@ def verify_command(
     log(verbose, quiet)
     from ties_dist.engine.verify import summary, verify
     from ties_dist.planning.options import Resources
+    from ties_dist.storage.local_place import LocalPlace
 
     resources = Resources(memory_budget=memory_budget)
     report = verify(
-        out,
+        LocalPlace(out),
         sample=sample,
         sha256=sha256,
         progress=progress(quiet),

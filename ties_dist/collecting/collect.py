@@ -24,9 +24,10 @@ from ties_dist.dtypes import MERGEABLE
 from ties_dist.errors import NumericError, OutputError, PlanError, RecipeError, StoppedError
 from ties_dist.inputs.opening import identify
 from ties_dist.messages import listing, readable
-from ties_dist.output.lock import RunLock
+from ties_dist.output.lock import STATE, RunLock
 from ties_dist.progress import LogProgress, Progress, phase
 from ties_dist.statistics.collected import ExpertStatistics, Kind, Origin
+from ties_dist.storage.local_place import LocalPlace
 from ties_dist.storage.readers import open_reader
 
 if TYPE_CHECKING:
@@ -81,9 +82,8 @@ def collect(
         calibration=xxhash.xxh3_128_hexdigest(f"{digest} {model or ''} {max_length}".encode()),
         examples=lines,
     )
-    lock = RunLock(_state(out))
-    lock.acquire(stop=stop)
-    try:
+    _check(out)
+    with RunLock(LocalPlace(out)).held(stop=stop):
         store = _open_store(out, origin, fresh=fresh)
         if store.finished:
             logger.info("%s is collected already", out)
@@ -98,17 +98,15 @@ def collect(
                 if entry.dtype in MERGEABLE and name not in store.arrays:
                     store.add(name, np.zeros(entry.shape, np.float32))
         store.finish()
-    finally:
-        lock.release()
     return store
 
 
-def _state(out: Path) -> Path:
+def _check(out: Path) -> None:
+    """Raises OutputError where no store can be made."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file. Choose a folder for the store.")
-    if out.is_dir() and any(p.name != ".ties_dist" for p in out.iterdir()) and ExpertStatistics.look(out) is None:
+    if out.is_dir() and any(p.name != STATE for p in out.iterdir()) and ExpertStatistics.look(out) is None:
         raise OutputError(f"{out} is not empty, and is no store of statistics. Choose another folder.")
-    return out / ".ties_dist"
 
 
 def _open_store(out: Path, origin: Origin, *, fresh: bool) -> ExpertStatistics:

@@ -15,6 +15,7 @@ from ties_dist.engine.totals import Totals
 from ties_dist.errors import NumericError, ProofError
 from ties_dist.executors.base import Executor
 from ties_dist.messages import listing
+from ties_dist.output.journal import Record
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.sample import sample_slices
 from ties_dist.progress import Progress, phase
@@ -23,7 +24,7 @@ from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import Cuts, ModelCut, Threshold
 from ties_dist.values.items import MergeResult, MergeTask, WorkItem
 from ties_dist.worker.merging import MergeStep, Worker
-from ties_dist.worker.operations import SolveMatrix
+from ties_dist.worker.operations import SolveMatrix, StillThere
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class Passes:
     progress: Progress
     store: StatisticsStore | None = None
     scan_snapshot: Snapshot | None = None
+    found: Record = field(default_factory=Record)
+    """What an interrupted run left: thresholds, and units whose bytes can still be read."""
+    trust: bool = False
+    """Take those units over without reading them again."""
     also: Sequence[MergePlan] = ()
     """Merges whose thresholds a scan counts as well (`Scan`)."""
     speculate: bool | None = None
@@ -75,6 +80,7 @@ class Passes:
     model_cuts: tuple[ModelCut, ...] = ()
     cuts: dict[str, Cuts] = field(default_factory=dict)
     thresholds_from: str | None = None
+    resumed: int = 0
     redone: int = 0
     sign_sum: float = 0
     """Of the units so far: a guess at the majority sign, proven or redone at the end."""
@@ -106,6 +112,21 @@ class Passes:
         if "plain_mean" in self.plan.counter_names and (count := self.totals.get("plain_mean")):
             said.append(f"{count / self.plan.elements:.2%} of the entries have no Fisher information: plain mean")
         return tuple(said)
+
+    def run(self) -> Passes:
+        """All passes, in the order that makes each possible; afterwards `results` cover the output, and are proven.
+
+        Raises NumericError, ProofError, and what the executor raises.
+        """
+        self.warm_up()
+        self.cuts |= self.found.cuts
+        self.find_thresholds(self.found.thresholds)
+        self.take_over()
+        self.merge_missing()
+        self.prove()
+        self.settle_majority()
+        self.check_numbers()
+        return self
 
     def warm_up(self) -> None:
         """Let the kernel compile while thresholds are looked for; `merge_missing` waits for it."""
@@ -166,6 +187,20 @@ class Passes:
         result = self.results.get(task.item)
         same_sign = result is not None and (result.majority == task.majority or not result.dependent)
         return result is not None and same_sign and result.state_digest == task.state_digest
+
+    def take_over(self) -> None:
+        """Accept units of an interrupted run that today's thresholds would give and whose bytes are what they were."""
+        current = self.found.covering(r for r in self.found.merged if self.is_current(r))
+        if self.trust:
+            self.results |= {r.item: r for r in current}
+        elif current:
+            with phase(self.progress, "check", sum(r.item.nbytes for r in current)):
+                for result, same in self.executor.call(self.step, StillThere(), current, lambda r: r.item.portion):
+                    if same:
+                        self.results[result.item] = result
+                    self.progress.advance(result.item.nbytes)
+            logger.info("resuming: %d of %d journalled units stand", len(self.results), len(current))
+        self.resumed = len(self.results)
 
     def merge_missing(self) -> None:
         """Merge what no result covers, taking the majority sign of the units so far for the final one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -172,6 +173,12 @@ def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
                 found = file.stat()
                 stamps[f"{model.name}/{file.name}"] = (found.st_size, found.st_mtime_ns)
     return stamps
+
+
+def files_beside(path: Path, pattern: str) -> dict[str, bytes]:
+    """Small files of a model's folder, by name: those whose whole name a pattern fits. None of a single file."""
+    found = path.iterdir() if path.is_dir() else ()
+    return {p.name: p.read_bytes() for p in found if p.is_file() and re.fullmatch(pattern, p.name)}
 
 
 def files_of(model: Input) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from ties_dist.recipe.recipe import Recipe
 
@@ -15,16 +14,14 @@ COMPANIONS = (
     r".*\.tiktoken|sentencepiece.*|spiece\.model|chat_template.*|.*preprocessor_config\.json|processor_config\.json|"
     r".*\.py|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
 )
-"""Files copied from the base beside the weights, where it has them."""
+"""Names of files copied from the base beside the weights, where it has them."""
 
 
-def companion_files(base: Path, recipe: Recipe, card: str, made: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What stands beside the weights: the base's companions, the resolved recipe, the model card and what was made."""
-    files: dict[str, bytes] = {}
-    if base.is_dir():
-        for path in sorted(base.iterdir()):
-            if path.is_file() and re.fullmatch(COMPANIONS, path.name):
-                files[path.name] = path.read_bytes()
+def companion_files(
+    found: Mapping[str, bytes], recipe: Recipe, card: str, made: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """What stands beside the weights. found: the base's `COMPANIONS`; made: others that the merge made."""
+    files = {name: found[name] for name in sorted(found)}
     if recipe.output_dtype is not None and "config.json" in files:
         files["config.json"] = with_dtype(files["config.json"], recipe.output_dtype)
     note = "# The resolved recipe. Model paths are as they were written: relative to the folder of the original.\n"

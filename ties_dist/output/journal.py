@@ -8,25 +8,32 @@ a range on the disk.
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ties_dist.storage.digests import digest
-from ties_dist.storage.local import output_error, sync_folder
+from ties_dist.storage.place import Place
 from ties_dist.thresholds import Cuts, ModelCut, TensorCut, Threshold
 from ties_dist.values.items import MergeResult, Range, WorkItem
+
+_BEFORE, _BEHIND = "journal-", ".jsonl"
+"""Of a token, in the name of a journal."""
 
 
 @dataclass
 class Journal:
-    """Appends to one file; `commit` makes what was added durable."""
+    """Appends to the file of one driver in the folder of a run; `commit` makes what was added durable."""
 
-    path: Path
+    place: Place
+    run: str
+    token: str
     _pending: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}/{_BEFORE}{self.token}{_BEHIND}"
 
     def merged(self, result: MergeResult) -> None:
         self._add(
@@ -47,7 +54,7 @@ class Journal:
 
     def thresholds(self, cuts: Sequence[ModelCut]) -> None:
         """The exact thresholds of the whole model."""
-        self._add("thresholds", {"cuts": pack(cuts)})
+        self._add("thresholds", {"cuts": list(cuts)})
 
     def publishing(self) -> None:
         """From here on final names may exist."""
@@ -59,19 +66,9 @@ class Journal:
 
     def commit(self) -> None:
         """Append and sync. Raises OutputError; nothing half-written is ever read back as a fact."""
-        if not self._pending:
-            return
-        try:
-            known = self.path.exists()
-            with open(self.path, "ab") as file:
-                file.write("".join(self._pending).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            if not known:
-                sync_folder(self.path.parent)
-        except OSError as error:
-            raise output_error(error, self.path) from error
-        self._pending.clear()
+        if self._pending:
+            self.place.append(self.name, "".join(self._pending).encode())
+            self._pending.clear()
 
 
 @dataclass
@@ -105,20 +102,22 @@ def _is_free(taken: Sequence[Range], wanted: Range) -> bool:
     return free_before and (place == len(taken) or wanted.stop <= taken[place].start)
 
 
-def pack(cuts: Sequence[ModelCut]) -> list[object]:
-    """Whole-model thresholds as JSON holds them."""
-    return [[list(c.threshold), c.tensor, c.before] for c in cuts]
-
-
-def unpack(packed: Sequence[Any]) -> tuple[ModelCut, ...]:
+def _unpacked(packed: Sequence[Any]) -> tuple[ModelCut, ...]:
     return tuple(ModelCut(Threshold(*threshold), tensor, before) for threshold, tensor, before in packed)
 
 
-def read_journals(folder: Path) -> Record:
-    """All facts of all journals in a folder; torn or damaged lines are passed over."""
+def read_journals(place: Place, run: str) -> Record:
+    """All facts of all journals of a run; torn or damaged lines are passed over.
+
+    Raises FileNotFoundError where a journal vanishes meanwhile, as when its merge is published.
+    """
     record = Record()
-    for path in sorted(folder.glob("journal-*.jsonl"), key=lambda p: p.stat().st_mtime_ns):
-        for line in path.read_bytes().splitlines():
+    found = [e for e in place.list(run) if e.name.startswith(_BEFORE) and e.name.endswith(_BEHIND)]
+    for entry in sorted(found, key=lambda entry: entry.changed):
+        content = place.read(f"{run}/{entry.name}")
+        if content is None:
+            raise FileNotFoundError(f"{place}/{run}/{entry.name}")
+        for line in content.splitlines():
             checksum, _, text = line.partition(b" ")
             if digest(text)[:16].encode() != checksum:
                 continue
@@ -133,7 +132,7 @@ def _take(record: Record, fact: dict[str, object]) -> None:
         case {"kind": "cuts", "tensor": str(tensor), "cuts": list(cuts)}:
             record.cuts[tensor] = tuple(TensorCut(*c) for c in cuts)
         case {"kind": "thresholds", "cuts": list(cuts)}:
-            record.thresholds = unpack(cuts)
+            record.thresholds = _unpacked(cuts)
         case {"kind": "publishing"}:
             record.publishing = True
 

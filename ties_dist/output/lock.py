@@ -3,92 +3,51 @@
 A plain shared file system cannot enforce a fencing token, so the lock only keeps honest drivers apart; late writers are
 made harmless elsewhere: each has a journal of its own, the token is checked before each range, commit and rename, and
 what a replaced holder may still have on its way to the disk goes into files that are no longer used (`resume.adopt`).
-A provably dead holder (same host, boot and process namespace, process gone) is replaced at once, another one after its
-lease stood still for a minute by our own clock. Equal host names alone prove nothing: cloned machines share them.
+A provably dead holder (`Holder.is_dead`) is replaced at once, another one after its lease stood still for a minute by
+our own clock.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
-import secrets
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-import psutil
-
-from ties_dist.errors import LockedError, StoppedError
-from ties_dist.storage.local import output_error, sync_folder, write_durably
+from ties_dist.errors import LockedError, OutputError, StoppedError
+from ties_dist.output.documents import parse
+from ties_dist.output.holder import Holder
+from ties_dist.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
+STATE = ".ties_dist"
+"""The folder in OUT for all that is not the model."""
 HEARTBEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0
-GUARD_POLL_SECONDS = 0.01
+LOCK = f"{STATE}/lock"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Who holds a lock. boot and namespace make a process id comparable; started tells a recycled one.
+class Lease:
+    """What a holder says of itself every few seconds. began: of the phase, seconds since the epoch by its clock."""
 
-    started: as `_started` gives it. elsewhere: whether others write for it, who may outlive it.
-    """
-
-    token: str
-    host: str
-    boot: str
-    namespace: str
-    pid: int
-    started: float
-    since: str
-    elsewhere: bool = False
-
-    @classmethod
-    def myself(cls, *, elsewhere: bool = False) -> Holder:
-        return cls(
-            token=secrets.token_hex(8),
-            host=socket.gethostname(),
-            boot=_first_line("/proc/sys/kernel/random/boot_id"),
-            namespace=_link("/proc/self/ns/pid"),
-            pid=os.getpid(),
-            started=_started(os.getpid()) or 0.0,
-            since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            elsewhere=elsewhere,
-        )
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
-
-    def shares_processes(self, me: Holder) -> bool:
-        """Whether the holder's process id means the same process here."""
-        return (self.host, self.boot, self.namespace) == (me.host, me.boot, me.namespace)
-
-    def is_dead(self, me: Holder) -> bool:
-        """Whether it is certain from here that the holder is gone."""
-        if not self.shares_processes(me):
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:  # another user's: it is there
-            pass
-        started = _started(self.pid)
-        return started is not None and started != self.started
+    beats: int = 0
+    phase: str | None = None
+    done_bytes: int = 0
+    total_bytes: int = 0
+    began: float | None = None
+    workers: int | None = None
 
 
 @dataclass
 class RunLock:
     """Held from `acquire` to `release`; `check` raises once another driver has taken over."""
 
-    folder: Path
+    place: Place
     lease_seconds: float = field(default_factory=lambda: LEASE_SECONDS)
     me: Holder = field(default_factory=Holder.myself)
     news: Callable[[], Mapping[str, object]] = dict
@@ -100,71 +59,71 @@ class RunLock:
     def token(self) -> str:
         return self.me.token
 
-    @property
-    def path(self) -> Path:
-        return self.folder / "lock"
-
     def doubt(self, token: str) -> None:
         """Note that writes of a holder may still be on their way: it may be alive, or others who wrote for it are, or
         it knew of such writes when it ended. Stands until the partial files were replaced."""
-        (self.folder / f"doubt-{token}").touch()
-        sync_folder(self.folder)
+        self.place.put(f"{STATE}/doubt-{token}", b"", shared=True)  # several may find the same holder gone
 
     @property
-    def doubts(self) -> list[Path]:
+    def doubts(self) -> list[str]:
         """One file for each such holder, so that who removes those it has seen to removes no later one."""
-        return sorted(self.folder.glob("doubt-*"))
+        return [f"{STATE}/{entry.name}" for entry in self.place.list(STATE) if entry.name.startswith("doubt-")]
+
+    def settle(self, doubts: Sequence[str]) -> None:
+        """The partial files were replaced, or are of no use any more."""
+        for doubt in doubts:
+            self.place.remove(doubt)
+
+    @contextmanager
+    def held(self, *, wait: bool = False, stop: threading.Event | None = None) -> Iterator[None]:
+        """As `acquire`, to the end of the block."""
+        self.acquire(wait=wait, stop=stop)
+        try:
+            yield
+        finally:
+            self.release()
 
     def acquire(self, *, wait: bool = False, stop: threading.Event | None = None) -> None:
         """Take the lock. Raises LockedError naming a living holder, unless told to wait for it; StoppedError."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_durably(self.lease_of(self.token), _beat_text(0, {}))
-        except OSError as error:
-            raise output_error(error, self.folder) from error
+        self.place.make(STATE)
+        self.place.put(lease_of(self.token), _beat_text(0, {}))
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._beating.start()
-        watched: dict[str, tuple[str, float]] = {}
+        watched: dict[str, tuple[bytes, float]] = {}
         try:
             while not self._try(watched, wait=wait):
                 time.sleep(min(1.0, self.lease_seconds / 10))
                 if stop is not None and stop.is_set():
                     raise StoppedError("stopped while waiting for the other run; nothing was done.")
         except BaseException:
-            self.release()  # not under the guard: flock would wait for ourselves
+            self.release()
             raise
 
-    def _try(self, watched: dict[str, tuple[str, float]], *, wait: bool) -> bool:
-        with self._guard():
-            holder = self.holder()
-            if holder is None or holder.is_dead(self.me) or self._expired(holder, watched, wait=wait):
-                if holder is not None and (holder.elsewhere or not holder.is_dead(self.me)):
-                    self.doubt(holder.token)
-                claim = self.folder / f"claim-{self.token}"
-                write_durably(claim, json.dumps(asdict(self.me)))
-                claim.replace(self.path)
-                if holder is not None:
-                    self.lease_of(holder.token).unlink(missing_ok=True)
-                # Where the file system has no flock, two takers may both get here: the later write wins.
-                time.sleep(0 if self._guarded else 0.2)
-                current = self.holder()
-                return current is not None and current.token == self.token
-        return False
+    def _try(self, watched: dict[str, tuple[bytes, float]], *, wait: bool) -> bool:
+        """Whether the lock is ours now: taken by a swap, so of several who find the same holder gone one gets it."""
+        found = self.place.read(LOCK)
+        holder = _parse(found)
+        if holder is not None and not holder.is_dead(self.me) and not self._expired(holder, watched, wait=wait):
+            return False
+        if holder is not None and (holder.elsewhere or not holder.is_dead(self.me)):
+            self.doubt(holder.token)
+        taken = self.place.swap(LOCK, found, json.dumps(asdict(self.me)).encode(), patience=self.lease_seconds)
+        if taken and holder is not None:
+            self.place.remove(lease_of(holder.token))
+        return taken
 
-    def _expired(self, holder: Holder, watched: dict[str, tuple[str, float]], *, wait: bool) -> bool:
+    def _expired(self, holder: Holder, watched: dict[str, tuple[bytes, float]], *, wait: bool) -> bool:
         """Whether the lease stood still long enough; raises as soon as it is seen to move."""
-        lease = ""
-        with suppress(OSError):
-            lease = self.lease_of(holder.token).read_text()
+        lease = read_lease(self.place, holder)
         local = holder.shares_processes(self.me)
         if holder.token not in watched:
             watched[holder.token] = (lease, time.monotonic())
             if wait or not local:
-                logger.info("%s is locked by %s: watching whether that is alive", self.folder.parent, holder)
+                logger.info("%s is locked by %s: watching whether that is alive", self.place, holder)
         before, since = watched[holder.token]
         if not wait and (local or lease != before):
             raise LockedError(
-                f"another run is merging into {self.folder.parent}: {holder}. Wait for its end (`--wait` does), or "
+                f"another run is merging into {self.place}: {holder}. Wait for its end (`--wait` does), or "
                 "choose another OUT."
             )
         if lease != before:
@@ -172,93 +131,52 @@ class RunLock:
         return lease == before and time.monotonic() - since > self.lease_seconds
 
     def holder(self) -> Holder | None:
-        try:
-            return Holder(**json.loads(self.path.read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):
-            return None  # never torn by us: written by rename
+        return _parse(self.place.read(LOCK))
 
     def check(self) -> None:
         """Raises LockedError where another driver has taken OUT over; its results are the same, ours are not needed."""
         current = self.holder()
         if current is None or current.token != self.token:
             raise LockedError(
-                f"this run lost {self.folder.parent} to {current or 'another run'}, which goes on with the same work."
+                f"this run lost {self.place} to {current or 'another run'}, which goes on with the same work."
             )
 
     def release(self) -> None:
         self._stop.set()
         if self._beating is not None:
             self._beating.join()
-        with suppress(OSError):  # OUT may be gone or read-only by now: that is not what the run ended for
-            with self._guard():
-                current = self.holder()
-                if current is not None and current.token == self.token:
-                    self.path.unlink(missing_ok=True)
-            self.lease_of(self.token).unlink(missing_ok=True)
-
-    def lease_of(self, token: str) -> Path:
-        return self.folder / f"lease-{token}"
+        with suppress(OutputError):  # OUT may be gone or read-only by now: that is not what the run ended for
+            found = self.place.read(LOCK)
+            current = _parse(found)
+            if current is not None and current.token == self.token:
+                self.place.swap(LOCK, found, None, patience=self.lease_seconds)
+            self.place.remove(lease_of(self.token))
 
     def _beat(self) -> None:
         beats = 0
         while not self._stop.wait(min(HEARTBEAT_SECONDS, self.lease_seconds / 4)):
             beats += 1
-            with suppress(OSError):  # a full disk stops the merge where it writes, with a message
-                self.lease_of(self.token).write_text(_beat_text(beats, self.news()))
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Serialises take-overs on this machine, and on network file systems with flock.
-
-        One that is held for longer than a lease is of a process that was stopped inside: it is passed by.
-        """
-        self._guarded = False
-        with open(self.folder / "lock.guard", "wb") as guard:
-            until = time.monotonic() + self.lease_seconds
-            while not self._guarded and time.monotonic() <= until:
-                try:
-                    fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self._guarded = True
-                except BlockingIOError:
-                    time.sleep(GUARD_POLL_SECONDS)
-                except OSError:  # no flock here
-                    break
-            yield
+            with suppress(OutputError):  # a full disk stops the merge where it writes, with a message
+                self.place.overwrite(lease_of(self.token), _beat_text(beats, self.news()))
 
 
-def _beat_text(beats: int, news: Mapping[str, object]) -> str:
-    return json.dumps({"beats": beats, **news})
+def lease_of(token: str) -> str:
+    return f"{STATE}/lease-{token}"
 
 
-def _started(pid: int) -> float | None:
-    """When a process began; -1 where it has ended and only waits to be reaped, None where that cannot be read.
-
-    In clock ticks since the boot: psutil's `create_time` moves with the system clock, and an adjusted clock must not
-    make a living process look like a recycled id.
-    """
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return -1.0 if state in "ZX" and int(fields[16]) <= 1 else float(fields[18])  # the last thread, not the first
-    except (OSError, ValueError):
-        pass
-    try:  # no /proc: not Linux
-        process = psutil.Process(pid)
-        return -1.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None
+def read_lease(place: Place, holder: Holder) -> bytes:
+    """What a holder said last of itself; empty where it cannot be read."""
+    with suppress(OutputError):
+        return place.read(lease_of(holder.token)) or b""
+    return b""
 
 
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
+def _beat_text(beats: int, news: Mapping[str, object]) -> bytes:
+    return json.dumps({"beats": beats, **news}).encode()
 
 
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
+def _parse(content: bytes | None) -> Holder | None:
+    """Nobody where the lock is damaged: never torn by us, since it is put whole."""
+    with suppress(OutputError):
+        return parse(content, Holder, LOCK) if content is not None else None
+    return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+
+from ties_dist.output.documents import parse
 
 VERSION = 1
 
@@ -70,15 +71,8 @@ class MergeReport:
 
     @classmethod
     def from_json(cls, text: str) -> MergeReport:
-        """The report a merge wrote; fields that a later version added are passed over."""
-        values = json.loads(text)
-        experts = tuple(ExpertReport(**_known(ExpertReport, e)) for e in values.pop("experts"))
-        return cls(**{**_known(cls, values), "experts": experts, "notes": tuple(values["notes"])})
-
-
-def _known(kind: type[ExpertReport | MergeReport], values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+        """The report a merge wrote; fields that a later version added are passed over. Raises OutputError."""
+        return parse(text.encode(), cls, "the report")
 
 
 def tie_warning(report: MergeReport) -> list[str]:

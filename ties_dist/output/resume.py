@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from ties_dist.errors import CheckpointError, OutputError, PlanError
 from ties_dist.messages import listing, readable
-from ties_dist.output.folder import OutFolder
+from ties_dist.output.documents import load_document
+from ties_dist.output.folder import BEGUN, OutFolder
+from ties_dist.output.lock import STATE
+from ties_dist.output.manifest import Begun, Stamps
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import OutputShard
 from ties_dist.planning.prepare import Job
-from ties_dist.storage.local import copy_sparse, output_error, sync_folder, write_durably
 
 SPARE_BYTES = 64 << 20
 """Journals, companions and the file system's own needs."""
@@ -29,64 +29,58 @@ def claim(out: OutFolder, job: Job, *, fresh: bool, overwrite: bool) -> MergeRep
     out.fence()
     done = out.finished()
     if done is not None and done.fingerprint == out.fingerprint and not (fresh and overwrite):
-        if changed := _changed(job, out.stamps()):
+        manifest = out.manifest()
+        if changed := _changed(job, manifest.origin.stamps if manifest is not None else {}):
             raise CheckpointError(
                 listing(
-                    f"OUT {out.path} holds this merge, made before these inputs were written again:",
+                    f"OUT {out.place} holds this merge, made before these inputs were written again:",
                     changed,
                     "Merge again with --fresh --overwrite, or keep it as it is.",
                 )
             )
-        shutil.rmtree(out.run, ignore_errors=True)  # left by a kill between the commit point and the tidying
+        out.discard()  # left by a kill between the commit point and the tidying
         return replace(done, already_done=True)
     if (others := out.other_runs()) and not fresh:
         raise _unfinished(out, job, others[0])
     what = "the finished model of another merge (other recipe, inputs or --max-shard-size)"
-    strange = out.holds_model() and not out.run.exists() and not out.lacks_files()
+    strange = out.holds_model() and not out.is_begun() and not out.lacks_files()
     if not overwrite and (done is not None or strange):
         what = what if done else "model files that no finished merge left"
-        raise OutputError(f"OUT {out.path} holds {what}. Choose another OUT, or replace it with --overwrite.")
-    if fresh:
-        for name in (*out.other_runs(), out.fingerprint):
-            shutil.rmtree(out.state / name, ignore_errors=True)
-    _check_stamps(out, job)
-    try:
-        out.parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(error, out.parts) from error
-    if not _record(out.run).exists():
-        write_durably(_record(out.run), json.dumps({"recipe": job.recipe.canonical(), "stamps": job.stamps}))
+        raise OutputError(f"OUT {out.place} holds {what}. Choose another OUT, or replace it with --overwrite.")
+    for run in out.runs() if fresh else ():
+        out.discard(run)
+    begun = _begun(out, out.fingerprint)
+    if changed := _changed(job, begun.stamps if begun is not None else {}):
+        raise _inputs_changed(out, changed)
+    out.place.make(out.parts)
+    if job.plan.matrices:
+        out.place.make(out.matrices)
+    if begun is None:
+        note = json.dumps({"recipe": job.recipe.canonical(), "stamps": job.stamps})
+        out.place.put(_record(out.fingerprint), note.encode())
     return None
 
 
-def _record(run: Path) -> Path:
-    return run / "plan.json"
+def _record(run: str) -> str:
+    return f"{STATE}/{run}/{BEGUN}"
 
 
-def _read(run: Path) -> Mapping[str, object]:
-    try:
-        found = json.loads(_record(run).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _begun(out: OutFolder, run: str) -> Begun | None:
+    """What an unfinished merge was begun with; None where that cannot be read."""
+    with suppress(OutputError):
+        return load_document(out.place, _record(run), Begun)
+    return None
 
 
-def _changed(job: Job, stamps: object) -> list[str]:
+def _changed(job: Job, before: Stamps) -> list[str]:
     """Input files whose size or time is not what an interrupted run saw."""
-    known = stamps.items() if isinstance(stamps, dict) else ()
-    before = {name: tuple(stamp) for name, stamp in known if isinstance(stamp, list)}
     return sorted(name for name, stamp in job.stamps.items() if name in before and before[name] != stamp)
-
-
-def _check_stamps(out: OutFolder, job: Job) -> None:
-    if changed := _changed(job, _read(out.run).get("stamps")):
-        raise _inputs_changed(out, changed)
 
 
 def _inputs_changed(out: OutFolder, changed: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         listing(
-            f"inputs changed since the interrupted merge in {out.path}:",
+            f"inputs changed since the interrupted merge in {out.place}:",
             changed,
             "Restore them and run again, or start over with --fresh.",
         )
@@ -94,13 +88,13 @@ def _inputs_changed(out: OutFolder, changed: Sequence[str]) -> CheckpointError:
 
 
 def _unfinished(out: OutFolder, job: Job, other: str) -> OutputError | CheckpointError:
-    found = _read(out.state / other)
-    same_recipe = found.get("recipe") == json.loads(json.dumps(job.recipe.canonical()))
-    if same_recipe and (changed := _changed(job, found.get("stamps"))):
+    found = _begun(out, other)
+    same_recipe = found is not None and found.recipe == json.loads(json.dumps(job.recipe.canonical()))
+    if found is not None and same_recipe and (changed := _changed(job, found.stamps)):
         return _inputs_changed(out, changed)
     what = "other inputs or shard sizes" if same_recipe else "another recipe"
     return OutputError(
-        f"OUT {out.path} holds an unfinished merge of {what}. Finish it with its own command, choose another OUT, or "
+        f"OUT {out.place} holds an unfinished merge of {what}. Finish it with its own command, choose another OUT, or "
         "discard it with --fresh."
     )
 
@@ -111,27 +105,22 @@ def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) ->
     A range that it wrote before it was paused can reach them at any time, merged with a guess that has been corrected
     since. publishing: see `OutFolder.part`. Raises OutputError.
     """
-    for shard in shards:
-        path = out.part(shard, publishing=publishing)
-        copy = out.parts / f"{shard.name}.copy"
-        try:
-            if path is not None:
-                copy_sparse(path, copy)
-                os.replace(copy, out.partial(shard.name))
-                sync_folder(out.parts)
-        except OSError as error:
-            raise output_error(error, copy) from error
+    for shard in shards if out.place.reads_parts else ():  # elsewhere such shards are begun anew
+        if (part := out.resumable(shard, publishing=publishing)) is not None:
+            out.place.copy(part, out.partial(shard.name))
 
 
 def check_space(out: OutFolder, job: Job, *, publishing: bool) -> None:
     """Raises PlanError where the disk has no room for what is still to be written. publishing: see `OutFolder.part`."""
     needed = job.plan.layout.total_bytes + sum(m.nbytes for m in job.plan.matrices.values())
-    files = (out.part(shard, publishing=publishing) for shard in job.plan.layout.shards)
-    have = sum(file.stat().st_blocks * 512 for file in files if file is not None)
-    free = shutil.disk_usage(out.path).free
-    if needed - have + SPARE_BYTES > free:
+    used = {f"{out.parts}/{e.name}": e.used for e in out.place.list(out.parts)}
+    used |= {e.name: e.used for e in out.place.list()}
+    parts = (out.resumable(shard, publishing=publishing) for shard in job.plan.layout.shards)
+    have = sum(used.get(part, 0) for part in parts if part is not None)
+    free = out.place.free()
+    if free is not None and needed - have + SPARE_BYTES > free:
         raise PlanError(
-            f"the disk of {out.path} has {readable(free)} free; the output needs {readable(needed)}"
+            f"the disk of {out.place} has {readable(free)} free; the output needs {readable(needed)}"
             + (f", of which {readable(have)} are there" if have else "")
             + f", and {readable(SPARE_BYTES)} to spare. Free some space (a model that is replaced stays until the new "
             "one is whole), or choose another OUT."

@@ -5,19 +5,19 @@ Nothing is asked of the process that merges, which may be on another machine, or
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ties_dist.errors import OutputError
 from ties_dist.messages import readable
-from ties_dist.output.folder import OutFolder
+from ties_dist.output.documents import parse
+from ties_dist.output.folder import BEGUN, WEIGHTS, OutFolder
+from ties_dist.output.holder import Holder
 from ties_dist.output.journal import read_journals
-from ties_dist.output.lock import HEARTBEAT_SECONDS, Holder, RunLock
+from ties_dist.output.lock import HEARTBEAT_SECONDS, STATE, Lease, RunLock, read_lease
+from ties_dist.storage.place import Place, partial_name
 
 WATCHED_SECONDS = 1.6 * HEARTBEAT_SECONDS
 LOOKS = 5
@@ -47,7 +47,7 @@ class Status:
     output_digest: str | None = None
 
 
-def status(out: Path, *, watched_seconds: float = WATCHED_SECONDS) -> Status:
+def status(out: Place, *, watched_seconds: float = WATCHED_SECONDS) -> Status:
     """watched_seconds: how long a lease that does not move is looked at before its holder is taken for dead.
 
     Raises OutputError where OUT is not ours.
@@ -58,74 +58,71 @@ def status(out: Path, *, watched_seconds: float = WATCHED_SECONDS) -> Status:
     raise OutputError(f"{out} changes faster than it can be looked at. Ask again.")
 
 
-def _status(out: Path, watched_seconds: float) -> Status:
-    folder = OutFolder(path=out, fingerprint="")
-    if not folder.state.is_dir():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OutputError(f"{out} was not written by ties_dist.")
-        return Status(state="empty")
-    lock = RunLock(folder.state)
+def _status(out: Place, watched_seconds: float) -> Status:
+    folder = OutFolder(place=out, fingerprint="")
+    try:
+        folder.check([])
+    except OutputError as error:
+        raise OutputError(f"{out} was not written by ties_dist.") from error
+    lock = RunLock(out)
     holder = lock.holder()
     lease = _moving_lease(lock, holder, watched_seconds)
-    runs = [p for p in folder.state.iterdir() if p.is_dir() and (p / "plan.json").exists()]
-    run = max(runs, key=lambda p: p.stat().st_mtime) if runs else None
+    run = _latest(folder)
     done = folder.finished()
     if lease is None and run is None:
         if done is None:
-            return Status(state="damaged" if folder.holds_model() or folder.stamps() else "empty")
+            return Status(state="damaged" if folder.holds_model() or folder.manifest() is not None else "empty")
         return Status(state="finished", fingerprint=done.fingerprint, output_digest=done.output_digest)
-    durable, total, thresholds = _progress(folder, run)
-    told = lease or {}
+    durable, total, thresholds = (0, 0, ()) if run is None else _progress(OutFolder(place=out, fingerprint=run))
+    told = lease or Lease()
     return Status(
         state="merging" if lease is not None else "interrupted",
         holder=str(holder) if holder is not None else None,
-        fingerprint=run.name if run is not None else None,
+        fingerprint=run,
         durable_bytes=durable,
         total_bytes=total,
         thresholds=thresholds,
-        phase=told.get("phase"),
-        phase_bytes=int(told.get("done_bytes", 0)),
-        phase_total=int(told.get("total_bytes", 0)),
-        phase_seconds=max(0.0, time.time() - float(told.get("began", time.time()))),
-        workers=told.get("workers"),
+        phase=told.phase,
+        phase_bytes=told.done_bytes,
+        phase_total=told.total_bytes,
+        phase_seconds=max(0.0, time.time() - told.began) if told.began is not None else 0.0,
+        workers=told.workers,
     )
 
 
-def _moving_lease(lock: RunLock, holder: Holder | None, seconds: float) -> Mapping[str, Any] | None:
+def _latest(folder: OutFolder) -> str | None:
+    """Of the unfinished merges the one that was worked on last."""
+    changed = {}
+    for run in folder.runs():
+        found = {entry.name: entry.changed for entry in folder.place.list(f"{STATE}/{run}")}
+        if BEGUN in found:
+            changed[run] = max(found.values())
+    return max(changed, key=changed.__getitem__, default=None)
+
+
+def _moving_lease(lock: RunLock, holder: Holder | None, seconds: float) -> Lease | None:
     """What a living holder says; None where there is none, or where its lease stands still."""
     if holder is None or holder.is_dead(lock.me):
         return None
-    path = lock.lease_of(holder.token)
-    first, until = _read(path), time.monotonic() + seconds
+    first, until = read_lease(lock.place, holder), time.monotonic() + seconds
     local = holder.shares_processes(lock.me)
-    while not local and time.monotonic() < until and _read(path) == first:
+    while not local and time.monotonic() < until and read_lease(lock.place, holder) == first:
         time.sleep(min(0.2, seconds / 4))
-    latest = _read(path)
+    latest = read_lease(lock.place, holder)
     if not local and latest == first:
         return None
-    with suppress(ValueError):
-        found = json.loads(latest)
-        return found if isinstance(found, dict) else {}
-    return {}
+    with suppress(OutputError):  # torn: it is being written
+        return parse(latest, Lease, "the lease")
+    return Lease()
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _progress(folder: OutFolder, run: Path | None) -> tuple[int, int, tuple[float, ...]]:
+def _progress(folder: OutFolder) -> tuple[int, int, tuple[float, ...]]:
     """Durable bytes of the output, all its bytes, and the thresholds found."""
-    if run is None:
-        return 0, 0, ()
-    record = read_journals(run)
+    record = read_journals(folder.place, folder.run)
     durable = sum(r.item.nbytes for r in record.covering(record.merged))
-    parts = list((run / "parts").glob("*.partial"))
-    total = sum(p.stat().st_size for p in parts)
+    total = sum(e.size or 0 for e in folder.place.list(folder.parts) if e.name.endswith(partial_name("")))
     if record.publishing:
-        total += sum(p.stat().st_size for p in folder.path.glob("*.safetensors"))
+        total += sum(e.size or 0 for e in folder.place.list() if e.name.endswith(WEIGHTS))
     return durable, total, tuple(c.threshold.value for c in record.thresholds or ())
 
 

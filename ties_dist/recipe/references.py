@@ -48,9 +48,14 @@ class ModelReference:
     revision: str | None = None
     """Of a hub id that names one."""
 
-    def relative_to(self, folder: Path) -> list[str]:
+    def relative_to(self, folder: str) -> list[str]:
         """Its paths as seen from a folder: the model's, and the adapter's."""
         return [os.path.relpath(p, folder) for p in (self.path, self.adapter) if p is not None]
+
+
+def as_seen_from(folder: str, parts: Sequence[str]) -> str:
+    """The text of a model, or of model+adapter, from what `ModelReference.relative_to` gave."""
+    return "+".join(str((Path(folder) / part).resolve()) for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)

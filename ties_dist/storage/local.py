@@ -16,15 +16,11 @@ import numpy as np
 from ties_dist.errors import OutputError
 from ties_dist.storage.backends import is_network
 from ties_dist.storage.buffers import ALIGNMENT
+from ties_dist.storage.place import partial_name
 
 DIRECT_FROM = 256 << 20
 """Bytes of a file: smaller ones are left in the page cache for who reads them next."""
 COPY_PIECE = 8 << 20
-
-
-def partial_name(name: str) -> str:
-    """What a file is called until it is whole: a pre-laid-out shard of zeros is a valid one, and must not look it."""
-    return f"{name}.partial"
 
 
 @dataclass

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from xxhash import xxh3_128_digest
 
-from ties_dist.storage.local import write_durably
+from ties_dist.errors import OutputError
+from ties_dist.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ class Snapshot:
     """One file, replaced as a whole. shared: whether it lies in a cache: other processes may write the same one, and
     that it cannot be written is said once and stops nobody; else that raises OutputError."""
 
-    path: Path
+    place: Place
+    name: str
     shared: bool = False
     _due: float = field(default_factory=lambda: time.monotonic() + SNAPSHOT_SECONDS)
 
@@ -50,23 +51,23 @@ class Snapshot:
         buffer.write(xxh3_128_digest(buffer.getbuffer()))  # zip's own check leaves headers out
         try:
             if self.shared:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(self.path, buffer.getbuffer(), shared=self.shared)
-        except OSError as error:
+                self.place.make(self._folder)
+            self.place.put(self.name, buffer.getbuffer(), shared=self.shared)
+        except OutputError as error:
             if not self.shared:
                 raise
-            reason = getattr(error.__cause__ or error, "strerror", None) or error
-            logger.warning("cannot keep counts in %s (%s): a run that is killed starts again", self.path.parent, reason)
+            reason = getattr(error.__cause__, "strerror", None) or error
+            logger.warning("cannot keep counts in %s (%s): a run that is killed starts again", self.place, reason)
             self._due = math.inf
 
     def load(self) -> tuple[Any, dict[str, np.ndarray]] | None:
         """None where nothing was kept, or where it cannot be read or is damaged, which is logged."""
         try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
+            content = self.place.read(self.name)
+        except OutputError as error:
+            logger.warning("what an interrupted run had counted is lost (%s): counting again", error)
             return None
-        except OSError as error:
-            logger.warning("what an interrupted run had counted cannot be read (%s): counting again", error.strerror)
+        if content is None:
             return None
         whole, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
         if xxh3_128_digest(whole) != digest:
@@ -78,6 +79,12 @@ class Snapshot:
 
     def drop(self) -> None:
         """Once it has served, with what a killed write left of it; what cannot be removed does no harm."""
-        with suppress(OSError):
-            for path in (self.path, *self.path.parent.glob(f"{self.path.name}.*.tmp")):
-                path.unlink(missing_ok=True)
+        with suppress(OutputError):
+            for entry in self.place.list(self._folder):
+                written = f"{self._folder}/{entry.name}".removeprefix("/")
+                if written == self.name or (written.startswith(f"{self.name}.") and written.endswith(".tmp")):
+                    self.place.remove(written)
+
+    @property
+    def _folder(self) -> str:
+        return self.name.rpartition("/")[0]

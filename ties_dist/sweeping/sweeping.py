@@ -26,6 +26,7 @@ from ties_dist.progress import LogProgress, Progress, Silent
 from ties_dist.recipe.document import read_document
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.backends import Backend
+from ties_dist.storage.local_place import LocalPlace
 from ties_dist.sweeping.shared import Meeting, SharedExecutor
 
 MOST_VARIANTS = 64
@@ -162,7 +163,7 @@ def sweep(
         try:
             reports[number] = run(
                 job,
-                Path(out) / chosen[number].name,
+                LocalPlace(Path(out) / chosen[number].name),
                 executor=SharedExecutor(inner, meeting, chosen[number].name),
                 progress=(progress or LogProgress()) if number == 0 else Silent(),
                 store=StatisticsStore(cache),

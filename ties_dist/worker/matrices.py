@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-import numpy as np
 import xxhash
 
-from ties_dist.errors import OutputError
+from ties_dist.errors import CheckpointError, OutputError
+from ties_dist.output.documents import load_document
+from ties_dist.storage.base import BLOCK_BYTES, Reader, Span
 from ties_dist.storage.digests import digest
-from ties_dist.storage.local import output_error, write_durably
 from ties_dist.storage.memory import MemorySpan
+from ties_dist.storage.place import Check, Place, unchecked
 
-if TYPE_CHECKING:
-    pass
+READ_BYTES = 16 * BLOCK_BYTES
+"""At once, of a matrix that is checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,69 +40,97 @@ class Solved:
     overflowing: int = 0
 
 
+class Matrices(Protocol):
+    """Merged matrices by tensor."""
+
+    def put(self, tensor: str, solved: Solved, content: bytes | memoryview = b"") -> None: ...
+
+    def get(self, tensor: str) -> Solved | None:
+        """None where it was not merged yet."""
+        ...
+
+    def intact(self, tensor: str) -> bool:
+        """Whether it is there and has the bytes that were written."""
+        ...
+
+    def read(self, tensor: str, start: int, stop: int) -> Span:
+        """Bytes [start, stop) of a matrix as the output has it. Raises OutputError."""
+        ...
+
+
 @dataclass
-class Matrices:
-    """Merged matrices by tensor. folder: where they are kept; None: in memory, for merges that are only looked at.
+class MemoryMatrices:
+    """For merges that are only looked at."""
+
+    _known: dict[str, Solved] = field(default_factory=dict)
+    _content: dict[str, memoryview] = field(default_factory=dict)
+
+    def put(self, tensor: str, solved: Solved, content: bytes | memoryview = b"") -> None:
+        self._known[tensor], self._content[tensor] = solved, memoryview(content)
+
+    def get(self, tensor: str) -> Solved | None:
+        return self._known.get(tensor)
+
+    def intact(self, tensor: str) -> bool:
+        return tensor in self._known
+
+    def read(self, tensor: str, start: int, stop: int) -> Span:
+        return MemorySpan(view=self._content[tensor][start:stop])
+
+
+@dataclass
+class KeptMatrices:
+    """In a folder, for all workers of a merge, and for who resumes it.
 
     fence: raises where another run has taken over.
     """
 
-    folder: Path | None = None
-    fence: Callable[[], None] = lambda: None
+    place: Place
+    folder: str
+    fence: Check = unchecked
     _known: dict[str, Solved] = field(default_factory=dict)
-    _content: dict[str, memoryview] = field(default_factory=dict)
+    _reader: Reader | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, tensor: str, solved: Solved, content: bytes | memoryview = b"") -> None:
-        if self.folder is None:
-            with self._lock:
-                self._known[tensor], self._content[tensor] = solved, memoryview(content)
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise output_error(error, self.folder) from error
-        write_durably(self._path(tensor, "bytes"), content, self.fence)
-        write_durably(self._path(tensor, "json"), json.dumps(vars(solved)), self.fence)
+        self.place.put(self._name(tensor, "bytes"), content, self.fence)
+        self.place.put(self._name(tensor, "json"), json.dumps(vars(solved)).encode(), self.fence)
+        with self._lock:
+            self._reader = None  # it may have the bytes open that these replace
 
     def get(self, tensor: str) -> Solved | None:
-        """None where it was not merged yet."""
         with self._lock:
-            if tensor not in self._known and self.folder is not None:
-                try:
-                    found = json.loads(self._path(tensor, "json").read_text())
-                    self._known[tensor] = Solved(**{**found, "nonfinite": tuple(found["nonfinite"])})
-                except (OSError, ValueError, TypeError, KeyError):
-                    return None
+            if tensor not in self._known:
+                with suppress(OutputError):
+                    if (found := load_document(self.place, self._name(tensor, "json"), Solved)) is not None:
+                        self._known[tensor] = found
             return self._known.get(tensor)
 
     def intact(self, tensor: str) -> bool:
-        """Whether it is there and has the bytes that were written."""
-        solved = self.get(tensor)
+        if (solved := self.get(tensor)) is not None:
+            with suppress(OutputError):
+                if self._digest(tensor) == (solved.digest or digest(b"")):
+                    return True
+        with self._lock:
+            self._known.pop(tensor, None)
+        return False
+
+    def _digest(self, tensor: str) -> str:
+        hashed, size = xxhash.xxh3_128(), self.place.size(self._name(tensor, "bytes")) or 0
+        for start in range(0, size, READ_BYTES):
+            span = self.read(tensor, start, min(size, start + READ_BYTES))
+            hashed.update(span.view)
+            span.release()
+        return hashed.hexdigest()
+
+    def read(self, tensor: str, start: int, stop: int) -> Span:
+        with self._lock:
+            reader = self._reader = self._reader or self.place.reader(self.folder)
+        name = self._name(tensor, "bytes")
         try:
-            whole = solved is not None and digest(self._all(tensor)) == (solved.digest or digest(b""))
-        except OSError:
-            whole = False
-        if not whole:
-            with self._lock:
-                self._known.pop(tensor, None)
-        return whole
+            return reader.read(name.rpartition("/")[2], start, stop)
+        except (FileNotFoundError, CheckpointError) as error:
+            raise OutputError(f"{self.place}/{name} was cut short. Run the same command again.") from error
 
-    def read(self, tensor: str, start: int, stop: int) -> MemorySpan:
-        """Bytes [start, stop) of a matrix as the output has it. Raises OutputError."""
-        content = self._all(tensor)[start:stop]
-        if len(content) != stop - start:
-            raise OutputError(f"{self._path(tensor, 'bytes')} was cut short. Run the same command again.")
-        return MemorySpan(view=content)
-
-    def _all(self, tensor: str) -> memoryview:
-        if self.folder is None:
-            return self._content[tensor]
-        return np.memmap(self._path(tensor, "bytes"), mode="r").data if self._size(tensor) else memoryview(b"")
-
-    def _size(self, tensor: str) -> int:
-        return self._path(tensor, "bytes").stat().st_size
-
-    def _path(self, tensor: str, kind: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{xxhash.xxh3_64_hexdigest(tensor.encode())}.{kind}"
+    def _name(self, tensor: str, kind: str) -> str:
+        return f"{self.folder}/{xxhash.xxh3_64_hexdigest(tensor.encode())}.{kind}"

@@ -31,7 +31,7 @@ from ties_dist.thresholds import Cuts, from_bits, split_points
 from ties_dist.values.items import MergeResult, MergeTask, WorkItem, output_files
 from ties_dist.values.views import Encoded, Operand
 from ties_dist.worker.counting import Counter
-from ties_dist.worker.matrices import Matrices
+from ties_dist.worker.matrices import Matrices, MemoryMatrices
 
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
@@ -207,7 +207,7 @@ class MergeStep:
 
     worker: Worker
     writer: Writer
-    matrices: Matrices = field(default_factory=Matrices)
+    matrices: Matrices = field(default_factory=MemoryMatrices)
     buffers: Buffers = field(default_factory=Buffers)
 
     @property

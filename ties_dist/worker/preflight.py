@@ -5,14 +5,13 @@ A folder that another machine does not see, sees differently or cannot write is 
 
 from __future__ import annotations
 
-import errno
 import itertools
 import mmap
 import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +19,14 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 from ties_dist.compiler.native import processor
-from ties_dist.errors import CheckpointError
+from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.inputs.opening import files_of, open_input
 from ties_dist.messages import readable
 from ties_dist.output.folder import OutFolder
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
 from ties_dist.storage.backends import Backend, memory_limit
+from ties_dist.storage.place import partial_name
 from ties_dist.values.inputs import Input
 from ties_dist.values.machine import Machine
 
@@ -100,32 +100,32 @@ def _unmappable(model: Input) -> str | None:
 
 def _output(folder: OutFolder, token: str) -> Iterator[str]:
     """Write at an offset, sync, rename and read back: what a merge does to its partial shards."""
-    if not (folder.run / token).exists():
-        yield f"{folder.path}: not the folder it is where the merge was started; OUT must be on a shared file system"
+    place, run = folder.place, folder.run
+    if place.size(f"{run}/{token}") is None:
+        yield f"{place}: not the folder it is where the merge was started; OUT must be on a shared file system"
         return
-    probe = folder.run / f"probe-{os.uname().nodename}-{os.getpid()}"
-    moved = probe.with_suffix(".moved")
+    probe = f"probe-{os.uname().nodename}-{os.getpid()}"
+    part, moved = f"{run}/{partial_name(probe)}", f"{run}/{probe}"
     step = "created"
     try:
-        with open(probe, "wb", buffering=0) as file:
-            file.truncate(PROBE_BYTES)
+        with closing(place.writer(run)) as writer:
+            writer.create(probe, PROBE_BYTES)
             step = "written at an offset"
-            if os.pwrite(file.fileno(), b"ties", 2 << 12) != 4:
-                raise OSError(errno.EIO, "a short write")
+            writer.write(probe, 2 << 12, memoryview(b"ties"))
             step = "synced"
-            os.fdatasync(file.fileno())
+            writer.sync([probe])
         step = "renamed"
-        probe.replace(moved)
+        place.publish(part, moved)
         step = "read back"
-        with open(moved, "rb") as file:
-            if os.pread(file.fileno(), 4, 2 << 12) != b"ties":
-                raise OSError(errno.EIO, "not what was written")
-    except OSError as error:
-        yield f"{folder.path}: a file here cannot be {step}: {error.strerror or error}"
+        if bytes(place.reader(run).read(probe, 2 << 12, PROBE_BYTES).view[:4]) != b"ties":
+            raise OutputError("not what was written")
+    except (OSError, CheckpointError) as error:
+        reason = error.__cause__ or error
+        yield f"{place}: a file here cannot be {step}: {getattr(reason, 'strerror', None) or reason}"
     finally:
-        for path in (probe, moved):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        for name in (part, moved):
+            with suppress(OutputError):
+                place.remove(name)
 
 
 def _memory(needed: int) -> Iterator[str]:

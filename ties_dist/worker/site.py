@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from ties_dist.compiler.native import KernelStore
 from ties_dist.inputs.opening import opener
 from ties_dist.output.folder import OutFolder
-from ties_dist.output.lock import Holder, RunLock
+from ties_dist.output.holder import Holder
+from ties_dist.output.lock import RunLock
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
-from ties_dist.storage.local import LocalWriter, write_durably
 from ties_dist.values.machine import Machine
-from ties_dist.worker.matrices import Matrices
+from ties_dist.worker.matrices import KeptMatrices
 from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.preflight import Expectation, machine, preflight
 
@@ -46,8 +46,8 @@ class Site:
     def away(self) -> Site:
         """As it travels. Leaves a file in OUT, by which others know that they see the same folder."""
         expected = Expectation(token=f"seen-{self.holder.token}")
-        write_durably(self.folder.run / expected.token, "")
-        return replace(self, folder=replace(self.folder, path=self.folder.path.absolute()), expected=expected)
+        self.folder.place.put(f"{self.folder.run}/{expected.token}", b"")
+        return replace(self, expected=expected)
 
     def inspect(self, *, gpus: int = 0) -> Machine:
         """This machine, and all that speaks against merging on it."""
@@ -56,7 +56,7 @@ class Site:
 
     def open(self, gpus: Gpus | None = None) -> MergeStep:
         """Inputs opened, a kernel to be compiled, the partial shards to be written."""
-        lock = RunLock(self.folder.state, me=self.holder)
+        place, fence = self.folder.place, RunLock(self.folder.place, me=self.holder).check
         worker = Worker(
             self.plan,
             opener(self.plan.models, self.resources.backend, reread_bytes=self.plan.reread_bytes),
@@ -66,6 +66,6 @@ class Site:
         )
         return MergeStep(
             worker,
-            LocalWriter(self.folder.parts, self.folder.path, fence=lock.check),
-            Matrices(self.folder.run / "matrices", fence=lock.check),
+            place.writer(self.folder.parts, fence),
+            KeptMatrices(place, self.folder.matrices, fence),
         )

@@ -21,8 +21,11 @@ from pathlib import Path
 import pytest
 
 from ties_dist.errors import LockedError, OutputError, StoppedError
-from ties_dist.output import lock as lock_module
-from ties_dist.output.lock import Holder, RunLock
+from ties_dist.output import holder as holder_module
+from ties_dist.output.holder import Holder
+from ties_dist.output.lock import RunLock
+from ties_dist.storage import local_place
+from ties_dist.storage.local_place import LocalPlace
 
 LEASE_SECONDS = 0.4
 ELSEWHERE = {"host": "node-7", "boot": "another", "namespace": "pid:[1]"}
@@ -69,7 +72,7 @@ def open_lock(folder: Path) -> Iterator[Callable[..., RunLock]]:
 
     def make(lease_seconds: float = LEASE_SECONDS, **changes: object) -> RunLock:
         holder = replace(Holder.myself(), **changes)  # type: ignore[arg-type]
-        opened.append(RunLock(folder, lease_seconds=lease_seconds, me=holder))
+        opened.append(RunLock(LocalPlace(folder.parent), lease_seconds=lease_seconds, me=holder))
         return opened[-1]
 
     yield make
@@ -122,7 +125,7 @@ def test_a_release_is_quiet_where_the_folder_is_gone(folder: Path, open_lock: Op
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OutputError, match=r"cannot write .*Not a directory"):
-        RunLock(tmp_path / "out" / ".ties_dist").acquire()
+        RunLock(LocalPlace(tmp_path / "out")).acquire()
 
 
 # -- a holder on this machine ------------------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def test_a_killed_holder_that_nobody_has_reaped_is_replaced_at_once(folder: Path
     process = ended_process()
     try:
         folder.mkdir(parents=True)
-        held_by(folder, replace(Holder.myself(), pid=process.pid, started=lock_module._started(os.getpid())))
+        held_by(folder, replace(Holder.myself(), pid=process.pid, started=holder_module._started(os.getpid())))
         taker = open_lock(lease_seconds=60)
         taker.acquire()
         assert taker.holder() == taker.me
@@ -226,7 +229,7 @@ def test_a_recycled_process_id_does_not_keep_a_dead_holder_alive(folder: Path, o
 
 def test_an_adjusted_clock_does_not_make_a_living_holder_look_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     holder = Holder.myself()
-    monkeypatch.setattr(lock_module.psutil.Process, "create_time", lambda self: time.time() + 3600)
+    monkeypatch.setattr(holder_module.psutil.Process, "create_time", lambda self: time.time() + 3600)
     assert not holder.is_dead(Holder.myself())
 
 
@@ -235,7 +238,7 @@ def test_a_process_of_another_user_is_not_taken_for_dead(monkeypatch: pytest.Mon
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "kill", refuse)
-    monkeypatch.setattr(lock_module, "_started", lambda pid: None)  # hidden, as with hidepid=2
+    monkeypatch.setattr(holder_module, "_started", lambda pid: None)  # hidden, as with hidepid=2
     assert not Holder(**asdict(HOLDER)).is_dead(HOLDER)
 
 
@@ -363,7 +366,7 @@ def test_a_check_of_a_lock_that_somebody_removed_raises(folder: Path, open_lock:
 
 def _take(folder: str, together: object, outcome: object) -> None:
     """In a process of its own: take the lock with the others, hold it until told to end."""
-    held = RunLock(Path(folder), lease_seconds=30)
+    held = RunLock(LocalPlace(Path(folder).parent), lease_seconds=30)
     together.wait()  # type: ignore[attr-defined]
     try:
         held.acquire()
@@ -390,7 +393,7 @@ def test_of_several_processes_that_take_a_dead_holders_lock_at_once_one_wins(fol
         assert all(f"process {winners[0]} on" in what for what, _ in outcomes if what != "took")
         os.kill(winners[0], signal.SIGKILL)
         next(t for t in takers if t.pid == winners[0]).join()
-        last = RunLock(folder)
+        last = RunLock(LocalPlace(folder.parent))
         last.acquire()  # a killed winner is replaced at once, too
         last.release()
     finally:
@@ -409,7 +412,7 @@ def test_of_several_threads_that_take_an_expired_lock_at_once_one_wins(
         def refuse(file: object, how: int) -> None:
             raise OSError(95, "Operation not supported")
 
-        monkeypatch.setattr(lock_module.fcntl, "flock", refuse)
+        monkeypatch.setattr(local_place.fcntl, "flock", refuse)
     folder.mkdir(parents=True)
     held_by(folder, replace(Holder.myself(), **ELSEWHERE))
     takers, won, together = [open_lock() for _ in range(4)], [], threading.Barrier(4)

@@ -14,9 +14,11 @@ from tests.drills.jobs import late_majority, write_job
 from tests.loading import Version, standing, version_of
 from ties_dist.errors import LockedError, OutputError
 from ties_dist.output.folder import OutFolder
-from ties_dist.output.publish import publish
+from ties_dist.output.manifest import Manifest, Origin, Shard
+from ties_dist.output.publish import Finished, give_names
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import INDEX_NAME, Layout, TensorSpec, lay_out
+from ties_dist.storage.local_place import LocalPlace
 
 STEPS = ("replace", "unlink", "rmdir", "fsync", "fdatasync")
 """What a process may die before: everything that changes which files there are, or makes bytes durable."""
@@ -104,21 +106,34 @@ class Model:
 
     def merge(self, out: Path) -> OutFolder:
         """Everything before publishing."""
-        folder = OutFolder(path=out, fingerprint=self.fingerprint)
-        folder.parts.mkdir(parents=True)
+        folder = OutFolder(place=LocalPlace(out), fingerprint=self.fingerprint)
+        folder.place.make(folder.parts)
         for shard in self.layout.shards:
             filled = shard.header.ljust(shard.size, self.fingerprint[:1].encode())
-            folder.partial(shard.name).write_bytes(filled)
+            (out / folder.partial(shard.name)).write_bytes(filled)
         return folder
 
     def publish(self, folder: OutFolder, check: Callable[[], None] = lambda: None) -> None:
-        blocks = {shard.name: ["digest"] for shard in self.layout.shards}
-        publish(folder, self.layout, blocks, report_of(self.fingerprint), self.companions, {}, check)
+        manifest = Manifest(
+            fingerprint=self.fingerprint,
+            output_digest=self.fingerprint,
+            companions=tuple(sorted(self.companions)),
+            origin=Origin(),
+            shards={shard.name: Shard(size=shard.size, blocks=("digest",)) for shard in self.layout.shards},
+        )
+        report = report_of(self.fingerprint)
+        give_names(
+            folder, Finished(layout=self.layout, manifest=manifest, report=report, companions=self.companions), check
+        )
 
     def version(self, tmp_path: Path) -> Version:
         alone = tmp_path / f"{self.fingerprint} alone"
         self.publish(self.merge(alone))
         return version_of(alone)
+
+
+def path_of(folder: OutFolder) -> Path:
+    return Path(str(folder.place))
 
 
 CASES = [(None, 1), (None, 3), (1, 1), (1, 3), (3, 1), (3, 3), (3, 2), (2, 3)]
@@ -147,15 +162,15 @@ def test_publishing_that_dies_anywhere_shows_a_whole_model_or_none_and_can_be_re
         folder, model, versions = setting(root, old, new)
         with suppressed() as died, killed_at(step, monkeypatch):
             model.publish(folder)
-        shown = standing(folder.path, versions)
+        shown = standing(path_of(folder), versions)
         finished = folder.finished()
         assert (finished.fingerprint if finished else None) == shown
         seen.add(shown)
         if shown != "new":
-            assert shown != "old" or len(list((folder.parts).iterdir())) == len(model.layout.shards)
+            assert shown != "old" or len(folder.place.list(folder.parts)) == len(model.layout.shards)
             model.publish(folder)
-        assert standing(folder.path, versions) == "new"
-        assert version_of(folder.path) == versions["new"]  # nothing of an older run, no temporary file
+        assert standing(path_of(folder), versions) == "new"
+        assert version_of(path_of(folder)) == versions["new"]  # nothing of an older run, no temporary file
         assert folder.finished() == report_of("new")
         assert (root / "out" / ".ties_dist" / "manifest.json").exists()
     assert step > 15
@@ -185,15 +200,15 @@ def test_publishing_that_is_fenced_off_anywhere_changes_nothing_from_then_on(
         root = tmp_path / str(number)
         root.mkdir()
         folder, model, versions = setting(root, old, new)
-        fence = Fence(number, folder.path)
+        fence = Fence(number, path_of(folder))
         try:
             model.publish(folder, fence)
             last = True
             break
         except LockedError:
             unnamed = {name for name in fence.seen if name.endswith(".tmp")}  # removed: it never got its name
-            assert version_of(folder.path) == {n: d for n, d in fence.seen.items() if n not in unnamed}
-        assert standing(folder.path, versions) in ("old", None)
+            assert version_of(path_of(folder)) == {n: d for n, d in fence.seen.items() if n not in unnamed}
+        assert standing(path_of(folder), versions) in ("old", None)
     assert last
     assert number >= 2 + new + (new > 1)  # before the removal, each rename, and the index
 
@@ -221,7 +236,7 @@ def test_no_name_is_given_or_taken_without_a_look_at_the_lock_just_before(
     with monkeypatch.context() as patched:
         for name in ("replace", "unlink"):
             patched.setattr(os, name, guarded(name, getattr(os, name)))
-        patched.setattr("ties_dist.output.publish.shutil.rmtree", lambda *_, **__: None)
+        patched.setattr("ties_dist.storage.local_place.shutil.rmtree", lambda *_, **__: None)
         model.publish(folder, lambda: looked.__setitem__(0, True))
     assert [what for what, _ in changes].count("replace") == new + (new > 1) + 2 + len(model.companions)
 
@@ -235,7 +250,7 @@ def test_a_driver_stopped_in_the_middle_of_a_removal_harms_nobody_who_took_over(
     real, lost = os.replace, [False]
 
     def late(source: str | Path, target: str | Path) -> None:
-        if Path(source) == folder.path / name and not lost[0]:
+        if Path(source) == path_of(folder) / name and not lost[0]:
             lost[0] = True
             folder.fence()  # as `claim` does
             model.publish(folder)
@@ -249,21 +264,21 @@ def test_a_driver_stopped_in_the_middle_of_a_removal_harms_nobody_who_took_over(
     with pytest.raises(LockedError, match="lost OUT"):
         model.publish(folder, check)
     assert lost[0]
-    assert version_of(folder.path) == versions["new"]
+    assert version_of(path_of(folder)) == versions["new"]
     assert folder.finished() is not None
 
 
 def test_a_merge_whose_files_were_removed_since_may_be_merged_again_unasked(tmp_path: Path) -> None:
     folder, model, _ = setting(tmp_path, 3, 2)
     model.publish(folder)
-    shard = folder.path / "model-00001-of-00002.safetensors"
+    shard = path_of(folder) / "model-00001-of-00002.safetensors"
     content = shard.read_bytes()
     shard.unlink()
     assert folder.holds() == "this merge, with files missing"
     shard.write_bytes(content[:-1])
     assert folder.holds() == "model files that no finished merge left"
     shard.unlink()
-    (folder.path / "mine.safetensors").touch()
+    (path_of(folder) / "mine.safetensors").touch()
     assert folder.holds() == "model files that no finished merge left"
 
 
@@ -278,18 +293,18 @@ def test_nothing_of_an_abandoned_half_published_model_stays(tmp_path: Path, monk
             model.publish(folder)
         last = Model("last", 1, ["notes.txt"])
         versions = {**versions, "last": last.version(root)}
-        last.publish(last.merge(folder.path))  # as after --fresh --overwrite
-        assert standing(folder.path, versions) == "last"
-        left = version_of(folder.path).keys() - versions["last"].keys()
+        last.publish(last.merge(path_of(folder)))  # as after --fresh --overwrite
+        assert standing(path_of(folder), versions) == "last"
+        left = version_of(path_of(folder)).keys() - versions["last"].keys()
         assert {name for name in left if not name.endswith(".tmp")} == set()
 
 
 def test_publishing_without_all_shards_touches_nothing(tmp_path: Path) -> None:
     folder, model, versions = setting(tmp_path, 2, 3)
-    folder.partial("model-00002-of-00003.safetensors").unlink()
+    (path_of(folder) / folder.partial("model-00002-of-00003.safetensors")).unlink()
     with pytest.raises(OutputError, match=r"model-00002-of-00003\.safetensors vanished from"):
         model.publish(folder)
-    assert standing(folder.path, versions) == "old"
+    assert standing(path_of(folder), versions) == "old"
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "without its index", "report", "manifest", "{}", "[]"])
@@ -297,30 +312,30 @@ def test_a_damaged_model_does_not_count_as_finished(damage: str, tmp_path: Path)
     model = Model("new", 3, [])
     folder = model.merge(tmp_path / "out")
     model.publish(folder)
-    shard = folder.path / "model-00002-of-00003.safetensors"
+    shard = path_of(folder) / "model-00002-of-00003.safetensors"
     match damage:
         case "missing":
             shard.unlink()
         case "short":
             os.truncate(shard, 4097)
         case "without its index":
-            (folder.path / "model.safetensors.index.json").unlink()
+            (path_of(folder) / "model.safetensors.index.json").unlink()
         case "report" | "manifest":
-            (folder.state / f"{damage}.json").unlink()
+            (path_of(folder) / ".ties_dist" / f"{damage}.json").unlink()
         case other:
-            (folder.state / "manifest.json").write_text(other)
+            (path_of(folder) / ".ties_dist" / "manifest.json").write_text(other)
     assert folder.finished() is None
 
 
 def test_where_a_shard_is_depends_on_whether_publishing_began(tmp_path: Path) -> None:
     folder, model, _ = setting(tmp_path, 3, 3)
     shard = model.layout.shards[0]
-    part, final = folder.partial(shard.name), folder.path / shard.name
+    part = folder.partial(shard.name)
     assert folder.part(shard, publishing=False) == folder.part(shard, publishing=True) == part
-    part.unlink()
+    (path_of(folder) / part).unlink()
     assert folder.part(shard, publishing=False) is None  # what has the final name is the old model's
-    assert folder.part(shard, publishing=True) == final
-    os.truncate(final, shard.size - 1)
+    assert folder.part(shard, publishing=True) == shard.name
+    os.truncate(path_of(folder) / shard.name, shard.size - 1)
     assert folder.part(shard, publishing=True) is None
 
 

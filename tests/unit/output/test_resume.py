@@ -17,11 +17,12 @@ import torch
 
 import ties_dist
 from tests.drills.jobs import late_majority, write_job
+from tests.loading import journals_of
 from ties_dist.engine import run as engine
 from ties_dist.errors import CheckpointError, ClusterError, LockedError, OutputError, PlanError, StoppedError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.output import resume
-from ties_dist.output.journal import Journal, read_journals
+from ties_dist.output.journal import Journal
 from ties_dist.output.lock import RunLock
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.prepare import prepare
@@ -236,7 +237,7 @@ def test_a_line_is_journalled_only_when_its_bytes_are_durable(
 def test_a_damaged_block_is_merged_again_and_it_alone(models: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:
     recipe, out = write_job(tmp_path, models), tmp_path / "out"
     journalled = interrupt(recipe, out, after=4)
-    unit = read_journals(part(out).parents[1]).merged[0].item  # two threads: which ones are done is a matter of luck
+    unit = journals_of(part(out).parents[1]).merged[0].item  # two threads: which ones are done is a matter of luck
     flip_byte(part(out), unit.ranges[0].start + 17)
     report = merge(recipe, out)
     assert report.resumed_units == journalled - 1
@@ -533,7 +534,7 @@ def test_a_kill_between_the_commit_point_and_the_tidying_is_already_done(
 ) -> None:
     recipe, out = write_job(tmp_path, models), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("ties_dist.output.publish.shutil.rmtree", lambda *a, **k: None)
+        patched.setattr("ties_dist.storage.local_place.shutil.rmtree", lambda *a, **k: None)
         first = merge(recipe, out)
     assert len(list(out.glob(".ties_dist/*/journal-*"))) == 1
     again = merge(recipe, out)

@@ -15,11 +15,19 @@ from tests.conftest import Checkpoints, random_models
 from tests.unit.output.test_resume import interrupt
 from ties_dist.engine.verify import verify
 from ties_dist.errors import DamageError, OutputError
+from ties_dist.output import status as status_module
+from ties_dist.output.holder import Holder
 from ties_dist.output.journal import Record, read_journals
-from ties_dist.output.lock import Holder, RunLock
-from ties_dist.output.status import describe, status
+from ties_dist.output.lock import RunLock, lease_of
+from ties_dist.output.status import Status, describe
 from ties_dist.planning.options import Resources
 from ties_dist.progress import LogProgress
+from ties_dist.storage.local_place import LocalPlace
+from ties_dist.storage.place import Place
+
+
+def status(out: Path, **options: float) -> Status:
+    return status_module.status(LocalPlace(out), **options)
 
 
 @pytest.fixture
@@ -50,11 +58,17 @@ def test_a_merge_that_publishes_meanwhile_is_looked_at_again(
 ) -> None:
     interrupt(recipe, tmp_path / "out", after=3)
 
-    def read(run: Path) -> Record:
+    def read(place: Place, run: str) -> Record:
         monkeypatch.setattr("ties_dist.output.status.read_journals", read_journals)
+        listed = place.list(run)
         ties_dist.merge(recipe, tmp_path / "out")
-        (run / "journal-1.jsonl").read_bytes()  # listed a moment ago
-        return read_journals(run)
+        monkeypatch.setattr(LocalPlace, "list", lambda *_: listed)
+        try:
+            return read_journals(place, run)
+        finally:
+            monkeypatch.setattr(LocalPlace, "list", list_really)
+
+    list_really = LocalPlace.list
 
     monkeypatch.setattr("ties_dist.output.status.read_journals", read)
     assert status(tmp_path / "out").state == "finished"
@@ -77,11 +91,11 @@ def test_a_model_that_lost_a_file_is_not_finished_and_the_same_merge_mends_it(
     (out / lost).unlink()
     assert status(out).state == "damaged" and "missing" in describe(status(out))
     with pytest.raises(DamageError, match=rf"{lost}: missing"):
-        verify(out, progress=LogProgress(), resources=Resources())
+        verify(LocalPlace(out), progress=LogProgress(), resources=Resources())
     again = ties_dist.merge(recipe, out)
     assert not again.already_done and again.output_digest == report.output_digest
     assert (out / lost).read_bytes() == content and status(out).state == "finished"
-    verify(out, progress=LogProgress(), resources=Resources())
+    verify(LocalPlace(out), progress=LogProgress(), resources=Resources())
 
 
 def test_an_interrupted_merge_tells_what_is_durable(recipe: Path, tmp_path: Path) -> None:
@@ -96,9 +110,9 @@ def test_an_interrupted_merge_tells_what_is_durable(recipe: Path, tmp_path: Path
 
 def elsewhere(out: Path) -> RunLock:
     """Held by a process of another machine, whose life shows in its lease alone."""
-    lock = RunLock(out / ".ties_dist", me=replace(Holder.myself(), host="node-7", boot="another"))
-    lock.folder.mkdir(parents=True, exist_ok=True)
-    (lock.folder / "lock").write_text(json.dumps({**lock.me.__dict__}))
+    lock = RunLock(LocalPlace(out), me=replace(Holder.myself(), host="node-7", boot="another"))
+    (out / ".ties_dist").mkdir(parents=True, exist_ok=True)
+    (out / ".ties_dist" / "lock").write_text(json.dumps({**lock.me.__dict__}))
     return lock
 
 
@@ -112,7 +126,7 @@ def test_a_merge_on_another_machine_is_seen_by_its_moving_lease(recipe: Path, tm
         beats = 0
         while not over.wait(0.02):
             beats += 1
-            lock.lease_of(lock.token).write_text(json.dumps({"beats": beats, **news}))
+            (out / lease_of(lock.token)).write_text(json.dumps({"beats": beats, **news}))
 
     beating = threading.Thread(target=beat)
     beating.start()
@@ -132,7 +146,7 @@ def test_a_lease_that_stands_still_is_a_dead_merge(recipe: Path, tmp_path: Path)
     out = tmp_path / "out"
     interrupt(recipe, out, after=3)
     lock = elsewhere(out)
-    lock.lease_of(lock.token).write_text(json.dumps({"beats": 3}))
+    (out / lease_of(lock.token)).write_text(json.dumps({"beats": 3}))
     assert status(out, watched_seconds=0.1).state == "interrupted"
 
 

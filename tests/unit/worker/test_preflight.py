@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 
 from tests.conftest import Checkpoints, random_models
 from ties_dist.output.folder import OutFolder
-from ties_dist.output.lock import Holder
+from ties_dist.output.holder import Holder
 from ties_dist.planning.prepare import prepare
+from ties_dist.storage.local_place import LocalPlace
 from ties_dist.worker.preflight import Expectation, versions
 from ties_dist.worker.site import Site
 
@@ -25,9 +27,9 @@ TOKEN = "seen-here"
 def site(merge_job: Checkpoints, tmp_path: Path) -> Site:
     recipe = merge_job(random_models({"a.weight": (64, 64)}, experts=2))
     job = prepare(recipe)
-    folder = OutFolder(path=tmp_path / "out", fingerprint=job.plan.fingerprint)
-    folder.run.mkdir(parents=True)
-    (folder.run / TOKEN).touch()
+    folder = OutFolder(place=LocalPlace(tmp_path / "out"), fingerprint=job.plan.fingerprint)
+    folder.place.make(folder.run)
+    folder.place.put(f"{folder.run}/{TOKEN}", b"")
     return Site(
         plan=job.plan,
         resources=job.resources,
@@ -43,7 +45,7 @@ def problems(site: Site, **expected: Any) -> str:
 
 def test_nothing_speaks_against_the_machine_that_asks(site: Site) -> None:
     assert problems(site) == ""
-    assert sorted(p.name for p in site.folder.run.iterdir()) == [TOKEN]
+    assert [e.name for e in site.folder.place.list(site.folder.run)] == [TOKEN]
 
 
 def test_a_missing_input_is_named_with_its_path(site: Site, tmp_path: Path) -> None:
@@ -58,13 +60,13 @@ def test_an_input_with_other_numbers_is_another_model(site: Site, tmp_path: Path
 
 
 def test_an_out_that_another_machine_does_not_share_is_found(site: Site, tmp_path: Path) -> None:
-    elsewhere = replace(site, folder=replace(site.folder, path=tmp_path / "elsewhere"))
+    elsewhere = replace(site, folder=replace(site.folder, place=LocalPlace(tmp_path / "elsewhere")))
     assert "OUT must be on a shared file system" in problems(elsewhere)
 
 
 @pytest.mark.parametrize(
     ("call", "step"),
-    [("pwrite", "written at an offset"), ("fdatasync", "synced"), ("pread", "read back")],
+    [("pwrite", "written at an offset"), ("fdatasync", "synced"), ("preadv", "read back")],
 )
 def test_what_a_file_system_cannot_do_is_named(
     call: str, step: str, site: Site, monkeypatch: pytest.MonkeyPatch
@@ -74,10 +76,10 @@ def test_what_a_file_system_cannot_do_is_named(
 
     found_before = problems(site)
     monkeypatch.setattr(os, call, refuse)
-    found = [line for line in problems(site).splitlines() if str(site.folder.path) in line]
+    found = [line for line in problems(site).splitlines() if str(site.folder.place) in line]
     assert found_before == ""
-    assert found == [f"{site.folder.path}: a file here cannot be {step}: Operation not supported"]
-    assert sorted(p.name for p in site.folder.run.iterdir()) == [TOKEN]
+    assert found == [f"{site.folder.place}: a file here cannot be {step}: Operation not supported"]
+    assert [e.name for e in site.folder.place.list(site.folder.run)] == [TOKEN]
 
 
 def test_a_rename_that_fails_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +128,9 @@ def test_a_site_that_travels_leaves_what_it_is_compared_by(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    relative = replace(site, folder=replace(site.folder, path=Path("out")), expected=None)
-    away = relative.away()
-    assert away.folder.path == tmp_path / "out"
+    relative = replace(site, folder=replace(site.folder, place=LocalPlace(Path("out"))), expected=None)
+    away: Site = pickle.loads(pickle.dumps(relative.away()))
+    assert str(away.folder.place) == str(tmp_path / "out")
     assert away.expected is not None
-    assert (site.folder.run / away.expected.token).exists()
+    assert site.folder.place.size(f"{site.folder.run}/{away.expected.token}") == 0
     assert away.inspect().problems == ()

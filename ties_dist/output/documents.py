@@ -1,0 +1,35 @@
+"""The small JSON files of OUT, parsed in one step: each is of the kind asked for, or an error says why it is not."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from ties_dist.errors import OutputError
+from ties_dist.storage.place import Place
+
+Kind = TypeVar("Kind")
+
+
+def load_document(place: Place, name: str, kind: type[Kind]) -> Kind | None:
+    """None where there is none. Raises OutputError where it cannot be read, or is no such document."""
+    content = place.read(name)
+    return None if content is None else parse(content, kind, f"{place}/{name}")
+
+
+def parse(content: bytes, kind: type[Kind], where: str) -> Kind:
+    """kind: a dataclass or a pydantic model; fields that it does not know are passed over. Raises OutputError."""
+    try:
+        found: Kind = _adapter(kind).validate_json(content)  # type: ignore[arg-type]  # types are hashable
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise OutputError(f"{where} is damaged: {field + ': ' if field else ''}{first['msg']}.") from error
+    return found
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
