@@ -11,9 +11,10 @@
     |-- UnitError          (RuntimeError)     a unit of work failed again and again, on several workers         exit 2
     |-- ClusterError       (RuntimeError)     no worker came, or all were lost; the same command resumes        exit 75
     |-- StoppedError       (RuntimeError)     told to stop; the same command resumes                            exit 75
-    `-- ProofError         (RuntimeError)     counts contradict a threshold: a bug or damaged inputs            exit 1
+    |-- ProofError         (RuntimeError)     counts contradict a threshold: a bug or damaged inputs            exit 1
+    `-- BugError           (RuntimeError)     an exception that nobody foresaw, in the work on an item          exit 1
 
-The command line prints the message of any of these without a traceback and exits with `exit_status`.
+The command line prints the message of any of these, of a bug its traceback too, and exits with `exit_status`.
 Messages say what is wrong with which thing, what was found and expected, and what to do.
 """
 
@@ -23,9 +24,14 @@ from typing import ClassVar
 
 
 class TiesDistError(Exception):
-    """Root of the package's exceptions; `exit_status` is what the command line exits with."""
+    """Root of the package's exceptions; `exit_status` is what the command line exits with.
+
+    node, item: where it was met and what was worked on, where it is an executor that raises it.
+    """
 
     exit_status: ClassVar[int] = 2
+    node: str | None = None
+    item: object = None
 
 
 class RecipeError(TiesDistError, ValueError):
@@ -76,3 +82,20 @@ class ProofError(TiesDistError, RuntimeError):
     """The counts of a merge contradict its threshold: a bug, or inputs that changed while they were read."""
 
     exit_status: ClassVar[int] = 1
+
+
+class BugError(TiesDistError, RuntimeError):
+    """An exception that nobody foresaw, ours or of a method from elsewhere. args: what it said.
+
+    trace: its traceback as Python formats it, which travels where a traceback cannot.
+    """
+
+    exit_status: ClassVar[int] = 1
+    trace: str = ""
+
+    def __str__(self) -> str:
+        node = f" on node {self.node}" if self.node is not None else ""
+        return (
+            f"{super().__str__()}, at {self.item}{node}. This is a bug, of ties_dist or of a method from elsewhere: "
+            "the traceback says where. What is finished is kept."
+        )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import pickle
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from tests.conftest import Checkpoints, random_models
 from tests.fleets import ThreadFleet
 from tests.one_thread import OneThread
 from ties_dist.engine import run as engine
-from ties_dist.errors import StoppedError, UnitError
+from ties_dist.errors import BugError, StoppedError, UnitError
 from ties_dist.executors.base import Executor, Usage, Workplace
 from ties_dist.executors.fleet import MAX_ATTEMPTS, FleetExecutor
 from ties_dist.executors.ledger import Ledger
@@ -66,6 +68,7 @@ class CountingStep:
     requested_bytes = 0
 
     fail: tuple[str, int] | None = None
+    error: type[Exception] = OSError
     seconds: float = 0.0
     compute_seconds: float = 0.0
     done: Counter[str] = field(default_factory=Counter)
@@ -78,7 +81,7 @@ class CountingStep:
         with self.lock:
             self.done[step] += 1
         if self.fail == (step, task.item.ranges[0].start >> 20):
-            raise OSError(f"{step} of unit {task.item.ranges[0].start >> 20}")
+            raise self.error(f"{step} of unit {task.item.ranges[0].start >> 20}")
         time.sleep(self.seconds)
 
     def load(self, task: MergeTask) -> str:
@@ -120,6 +123,7 @@ class CountingFold:
     """Stands in for `Observe`. fail: the unit it raises at, by number."""
 
     fail: int | None = None
+    error: type[Exception] = OSError
     seconds: float = 0.0
     folded: Counter[WorkItem] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -132,7 +136,7 @@ class CountingFold:
         with self.lock:
             self.folded[unit] += 1
         if number == self.fail:
-            raise OSError(f"unit {number} cannot be read")
+            raise self.error(f"unit {number} cannot be read")
         time.sleep(self.seconds)
         into.add(Observation(items={unit}, histograms={0: observed(number)}))
 
@@ -150,6 +154,8 @@ class ExecutorContract:
     """What an error of a step, a fold or a call is raised as."""
     attempts = 1
     """Before that."""
+    nodes = False
+    """Whether work is done on nodes, which an error then names."""
     sums_come_once = True
     """Whether no partial is repeated: nobody may count on it."""
 
@@ -249,6 +255,24 @@ class ExecutorContract:
         time.sleep(0.1)
         assert len(step.stored) == stored < MANY
 
+    @pytest.mark.parametrize("failing", ["load", "compute", "store"])
+    def test_a_bug_in_a_step_is_told_as_one_with_its_place(self, failing: str, executor: Executor) -> None:
+        step = CountingStep(fail=(failing, 10), error=KeyError)
+        with pytest.raises(BugError, match=f"KeyError: '{failing} of unit 10'.*, bytes 10,485,760 to 11,5") as caught:
+            for _ in executor.map_unordered(step, units(), described):
+                pass
+        self.check(caught.value, unit(10), "in _enter")
+
+    def check(self, bug: BugError, item: object, frame: str) -> None:
+        """Where it was, wherever that was; and where in the code, once."""
+        assert bug.exit_status == 1
+        assert bug.item == item
+        assert (bug.node in ("a", "b")) if self.nodes else bug.node is None
+        assert bug.trace.count("Traceback (most recent call last)") == bug.trace.count(frame) == 1
+        assert "".join(traceback.format_exception(bug)).count(frame) == 1
+        again = pickle.loads(pickle.dumps(bug))
+        assert (str(again), again.trace, again.item) == (str(bug), bug.trace, item)
+
     # reduce
 
     @pytest.mark.parametrize("count", [0, 1, 2, 5, 300])
@@ -272,6 +296,14 @@ class ExecutorContract:
                 pass
         assert time.monotonic() - began < PROMPT_SECONDS
         assert len(fold.folded) < 1000
+
+    def test_a_bug_in_a_fold_is_told_as_one_with_its_place(self, executor: Executor) -> None:
+        fold = CountingFold(fail=10, error=ZeroDivisionError)
+        with pytest.raises(BugError, match="ZeroDivisionError: unit 10 cannot be read") as caught:
+            for _ in executor.reduce(NO_STEP, fold, units(5_000)):
+                pass
+        self.check(caught.value, unit(10), "in __call__")
+        assert fold.folded[unit(10)] == (2 if self.nodes else 1)
 
     def test_a_stop_ends_a_reduction_after_the_units_at_hand_are_reported(
         self, executor: Executor, stop: threading.Event
@@ -318,6 +350,20 @@ class ExecutorContract:
 
         with pytest.raises(self.failure, match="tensor 3 cannot be read"):
             list(executor.call(NO_STEP, fail, range(100_000)))
+        assert len(asked) < 100
+
+    def test_a_bug_in_a_call_is_told_as_one_with_its_place(self, executor: Executor) -> None:
+        asked: list[int] = []
+
+        def stumble(_: object, number: int) -> int:
+            asked.append(number)
+            assert number != 3, "there is no third"
+            return number
+
+        with pytest.raises(BugError, match=r"(?s)AssertionError: there is no third.*, at 3\b") as caught:
+            list(executor.call(NO_STEP, stumble, range(100_000)))
+        self.check(caught.value, 3, "in stumble")
+        assert asked.count(3) == (2 if self.nodes else 1)
         assert len(asked) < 100
 
     def test_a_stop_ends_the_calls(self, executor: Executor, stop: threading.Event) -> None:
@@ -400,6 +446,7 @@ class TestFleetExecutor(ExecutorContract):
     window = 6
     failure = UnitError
     attempts = MAX_ATTEMPTS
+    nodes = True
 
     @pytest.fixture
     def executor(self, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:

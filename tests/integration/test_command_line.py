@@ -505,3 +505,31 @@ def test_notes_and_errors_are_lines_of_the_log_where_that_is_structured(merge_jo
     assert "note: No semantics named" in lines[0]["message"]
     assert lines[-1]["level"] == "error"
     assert lines[-1]["message"].startswith("OutputError: OUT")
+
+
+STUMBLING = """
+from ties_dist.worker.merging import MergeStep
+
+def stumble(step, task, loaded):
+    return {}["no such number"]
+
+MergeStep.compute = stumble
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_bug_ends_with_status_1_its_traceback_and_where_it_was(
+    log_format: str, merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    recipe = merge_job(small_models())
+    told = finish(start("--log-format", log_format, "merge", recipe, tmp_path / "out", "-q", code=STUMBLING))
+    assert (told.status, told.out) == (1, "")
+    message = "BugError: KeyError: 'no such number', at model.safetensors, bytes 0 to "
+    if log_format == "text":
+        assert told.err.count("Traceback") == told.err.count("in stumble") == 1
+        assert told.err.splitlines()[-1].startswith(message)
+        return
+    (line,) = map(json.loads, told.err.splitlines())
+    assert line["message"].startswith(message)
+    assert line["exception"].count("in stumble") == 1
+    assert line["item"].startswith("model.safetensors, bytes 0 to ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from ray.exceptions import RayTaskError
 
 import ties_dist
 from tests.conftest import random_models, write_job
+from tests.integration.command import finish, start
 from tests.integration.test_statistics_methods import write_recipe
 from ties_dist.errors import ClusterError, PlanError
 from ties_dist.executors import ray as ray_executor
@@ -277,6 +279,34 @@ def test_a_terminated_driver_exits_75_within_three_seconds_and_is_resumed(
     again = subprocess.run([*arguments, "--json"], env=environment, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
     assert ties_dist.MergeReport.from_json(again.stdout).output_digest == expected
+
+
+STUMBLING = """
+from ties_dist.executors import ray as away
+
+class Stumbling(away.Worker):
+    def _open(self):
+        super()._open()
+        self.step.compute = self.stumble
+
+    def stumble(self, task, loaded):
+        return {}["no such number"]
+
+away.Worker = Stumbling
+"""
+
+
+def test_a_bug_in_a_worker_ends_with_status_1_its_traceback_and_where_it_was(
+    nodes: RayCluster, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told to give a smaller memory budget, and of the traceback nothing."""
+    monkeypatch.setenv("TIES_DIST_CACHE", str(tmp_path / "cache"))
+    told = finish(start(*command(recipe, tmp_path / "out", nodes.address, "--workers", "2")[3:], code=STUMBLING))
+    assert told.status == 1, told.err
+    assert told.err.count("Traceback") == told.err.count("in stumble") == 1
+    last = told.err.splitlines()[-1]
+    assert re.match(r"BugError: KeyError: 'no such number', at model-\S+, bytes [\d,]+ to [\d,]+ on node \S+\. ", last)
+    assert "--memory-budget" not in told.err
 
 
 def test_a_connection_is_ended_by_who_made_it(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ties_dist.cli.options import CACHE, CLUSTER, RESOURCES, RUN, SIZE, TALK
-from ties_dist.cli.terminal import SIGINT_STATUS, log, progress, say, signals, tell
+from ties_dist.cli.terminal import SIGINT_STATUS, log, progress, say, signals, tell_error
 from ties_dist.errors import TiesDistError
 
 if TYPE_CHECKING:
@@ -360,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(SIGINT_STATUS)
     except TiesDistError as error:
-        tell(logging.ERROR, f"{type(error).__name__}: {error}")
+        tell_error(error)
         sys.exit(error.exit_status)
 
 

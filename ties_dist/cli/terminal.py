@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ties_dist.errors import StoppedError
+from ties_dist.errors import BugError, StoppedError, TiesDistError
 
 if TYPE_CHECKING:
     from ties_dist.progress import Progress
@@ -33,10 +33,25 @@ def say(quiet: bool, notes: Sequence[str]) -> None:
 
 def tell(level: int, text: str) -> None:
     """On stderr, in the form of the log."""
-    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
+    if _as_json():
         logger.log(level, "%s", text)
     else:
         click.echo(text, err=True)
+
+
+def tell_error(error: TiesDistError) -> None:
+    """A message; of a bug its traceback, too, once."""
+    message, trace = f"{type(error).__name__}: {error}", error.trace if isinstance(error, BugError) else ""
+    if _as_json():
+        facts = {"item": str(error.item)} if error.item is not None else {}
+        facts |= {"node": error.node} if error.node is not None else {}
+        logger.error("%s", message, extra={"numbers": facts | ({"exception": trace} if trace else {})})
+        return
+    click.echo(f"{trace}{message}", err=True)
+
+
+def _as_json() -> bool:
+    return any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers)
 
 
 def log(verbose: int, quiet: bool) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ties_dist.errors import ClusterError, LockedError, PlanError, StoppedError, TiesDistError, UnitError
+from ties_dist.errors import BugError, ClusterError, LockedError, PlanError, StoppedError, TiesDistError, UnitError
 from ties_dist.executors.base import (
     AnyStep,
     Call,
@@ -50,6 +50,8 @@ FIRST_BYTES = 64 << 20
 NEWCOMERS_SHARE = 0.3
 """Of the mean rate of the others is expected of a worker that has not answered yet: it may be a slow one."""
 MAX_ATTEMPTS = 4
+BUG_ATTEMPTS = 2
+"""A broken machine raises anything at all, but what fails in the same way on two is not the machines' fault."""
 MOST_LOSSES = 10
 """So often an item may be with a worker that is lost through no fault of its own, as far as anybody can tell."""
 EXCLUDED_AFTER = 3
@@ -352,15 +354,21 @@ class FleetExecutor:
         self.retries += 1
         if isinstance(error, LockedError):
             return error
-        if attempts < MAX_ATTEMPTS:
+        if attempts < (BUG_ATTEMPTS if isinstance(error, BugError) else MAX_ATTEMPTS):
             return None
-        if isinstance(error, TiesDistError):
-            return type(error)(f"node {node}: {error}")
         last = str(error) or type(error).__name__
-        return UnitError(
-            f"{asked.items[index]}: failed {attempts} times, last on node {node}: {last}. What is finished is kept. "
-            "Where workers were killed for memory, give a smaller --memory-budget; then run the same command again."
-        )
+        if isinstance(error, BugError):
+            failure: TiesDistError = error
+        elif isinstance(error, TiesDistError):
+            failure = type(error)(f"node {node}: {error}")
+        else:
+            failure = UnitError(
+                f"{asked.items[index]}: failed {attempts} times, last on node {node}: {last}. What is finished is "
+                "kept. Where workers were killed for memory, give a smaller --memory-budget; then run the same command "
+                "again."
+            )
+        failure.node, failure.item = node, asked.items[index]
+        return failure
 
     def _lose(self, lost: Lost, asked: Pass[Any] | None = None) -> Exception | None:
         """What a lost worker had goes out again. asked: the pass at hand, if one is."""

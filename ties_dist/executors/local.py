@@ -33,6 +33,7 @@ from ties_dist.executors.base import (
     alike,
     check_stop,
 )
+from ties_dist.executors.faults import working_on
 from ties_dist.values.items import UNITS_AROUND, Portion
 
 PARTIAL_SECONDS = 5.0
@@ -80,12 +81,12 @@ class LocalExecutor:
     def map_unordered(
         self, step: Step[Task, Loaded, Computed, Result], items: Iterable[Piece], describe: Callable[[Piece], Task]
     ) -> Iterator[Result]:
-        source = map(describe, items)
+        source = ((item, describe(item)) for item in items)
         given_up = threading.Event()
         running: set[Future[Result | None]] = set()
 
-        def work(task: Task) -> Result | None:
-            with self._room:
+        def work(item: Piece, task: Task) -> Result | None:
+            with self._room, working_on(item):
                 loaded = step.load(task)
                 with self._turns:
                     if self.stop.is_set() or given_up.is_set():
@@ -98,8 +99,8 @@ class LocalExecutor:
             try:
                 while True:
                     ending = failure is not None or self.stop.is_set()
-                    while not ending and len(running) < self.window and (task := next(source, None)) is not None:
-                        running.add(pool.submit(work, task))
+                    while not ending and len(running) < self.window and (following := next(source, None)) is not None:
+                        running.add(pool.submit(work, *following))
                     if not running:
                         break
                     ended, running = wait(running, return_when=FIRST_COMPLETED)
@@ -130,7 +131,7 @@ class LocalExecutor:
                         item = next(waiting, None)
                     if item is None:
                         break
-                    with self._turns:
+                    with self._turns, working_on(item):
                         fold(step, item, partial)
                     if time.monotonic() - began > self.partial_seconds:
                         partials.put(partial)
@@ -171,11 +172,15 @@ class LocalExecutor:
         items: Sequence[Item],
         weigh: Callable[[Item], Portion] = alike,
     ) -> Iterator[tuple[Item, Result]]:
+        def ask(item: Item) -> Result:
+            with working_on(item):
+                return function(step, item)
+
         with ThreadPoolExecutor(self.threads, "call") as pool:
             window: deque[tuple[Item, Future[Result]]] = deque()
             try:
                 for item in items:
-                    window.append((item, pool.submit(function, step, item)))
+                    window.append((item, pool.submit(ask, item)))
                     if len(window) > 2 * self.threads:
                         check_stop(self.stop)
                         first, future = window.popleft()

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-from ties_dist.errors import StoppedError, TiesDistError
+from ties_dist.errors import StoppedError
 from ties_dist.executors.base import Bench, Call, Executor, Fold, alike
+from ties_dist.executors.faults import as_told
 from ties_dist.values.items import Portion
 from ties_dist.values.machine import peak_rss_bytes
 
@@ -181,13 +182,13 @@ def perform(order: Order, bench: AnyBench, local: Executor) -> Answer:
     except StoppedError:
         pass
     except Exception as raised:
-        error = _told(raised)
+        error = as_told(raised)
     answered: Sequence[Any] = ()
     if done:
         try:
             answered = order.work.answer(bench, values)
         except Exception as raised:
-            done, error = [], _told(raised)
+            done, error = [], as_told(raised)
     return Answer(
         done=done,
         values=answered,
@@ -195,11 +196,3 @@ def perform(order: Order, bench: AnyBench, local: Executor) -> Answer:
         requested_bytes=bench.requested_bytes,
         peak_rss_bytes=peak_rss_bytes(),
     )
-
-
-def _told(error: Exception) -> Exception:
-    """An error as it can travel: of another library's it is not known whether the driver can make it again."""
-    if isinstance(error, TiesDistError):
-        return error
-    text, kind = str(error), type(error).__name__
-    return RuntimeError(f"{kind}: {text}" if text else kind)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ties_dist.errors import ClusterError, PlanError, StoppedError, TiesDistError
+from ties_dist.executors.faults import as_told
 
 try:
     import ray
@@ -349,7 +350,7 @@ class RayFleet:
         except RayTaskError as error:  # before the order was begun: it, or its answer, could not travel
             if number is None:
                 return self._lost(worker, f"it could not start: {_reason(error)}", blameless=False)
-            failed = Answer(error=RuntimeError(_reason(error)))
+            failed = Answer(error=as_told(error))
             return Answered(worker=worker, number=number, answer=failed)
         except RayError as error:
             return self._lost(worker, _reason(error), blameless=self._is_blameless(worker, error))

@@ -13,7 +13,7 @@ import pytest
 
 from tests.contracts.test_executor import NO_STEP, NOWHERE, CountingFold, CountingStep, described, units
 from tests.fleets import ThreadFleet
-from ties_dist.errors import ClusterError, LockedError, OutputError, PlanError, UnitError
+from ties_dist.errors import BugError, ClusterError, LockedError, OutputError, PlanError, UnitError
 from ties_dist.executors.board import Pass
 from ties_dist.executors.fleet import FleetExecutor
 from ties_dist.executors.ledger import Ledger
@@ -161,6 +161,48 @@ def test_an_error_that_says_nothing_is_told_by_its_kind(fleet: ThreadFleet) -> N
 
     with pytest.raises(UnitError, match=r"failed 4 times, last on node [ab]: MemoryError"):
         list(started(fleet).call(NO_STEP, exhausted, range(3)))
+
+
+def test_a_bug_is_tried_once_more_and_on_another_node(fleet: ThreadFleet) -> None:
+    """A machine that is broken raises anything at all. What fails on two in the same way is not the machines' fault."""
+    nodes: list[str] = []
+
+    def watch(worker: str, order: Order) -> None:
+        if 3 in order.items:
+            nodes.append(fleet.node_of[worker])
+
+    def stumble(_: object, item: int) -> int:
+        return item // (item - 3)
+
+    fleet.before = watch
+    with pytest.raises(BugError, match=r"^ZeroDivisionError: .*, at 3 on node [ab]\. This is a bug") as caught:
+        list(started(fleet).call(NO_STEP, stumble, range(10)))
+    assert sorted(nodes) == ["a", "b"]
+    assert caught.value.node == nodes[1]
+
+
+def test_what_only_one_node_cannot_do_is_done_by_another(fleet: ThreadFleet) -> None:
+    failures = Counter({3: 1, 5: 1})
+
+    def flaky(_: object, item: int) -> int:
+        if failures[item] > 0:
+            failures[item] -= 1
+            raise ValueError("no such instruction")
+        return item
+
+    assert sorted(started(fleet).call(NO_STEP, flaky, range(10))) == [(i, i) for i in range(10)]
+
+
+def test_an_error_names_its_node_and_item(fleet: ThreadFleet) -> None:
+    for error in (OSError("a hiccup"), OutputError("the disk is full.")):
+
+        def fail(_: object, item: str, error: Exception = error) -> int:
+            raise error
+
+        with pytest.raises((UnitError, OutputError), match=r"node [ab]: ") as caught:
+            list(started(fleet).call(NO_STEP, fail, ["lm_head.weight"]))
+        assert caught.value.node in ("a", "b")
+        assert caught.value.item == "lm_head.weight"
 
 
 def test_an_error_that_passes_is_tried_again(fleet: ThreadFleet) -> None:
@@ -327,7 +369,9 @@ def test_an_error_of_any_kind_can_travel_to_the_driver(step: CountingStep) -> No
 
     order = Order(number=1, work=Ask(fail), items=(1,))
     answer = pickle.loads(pickle.dumps(perform(order, step, LocalExecutor(1))))
-    assert repr(answer.error) == "RuntimeError('Homesick: no way')"
+    assert isinstance(answer.error, BugError)
+    assert str(answer.error).startswith("Homesick: no way")
+    assert "in fail" in answer.error.trace
 
 
 def test_a_unit_that_takes_every_worker_along_is_named_though_nobody_blames_it(fleet: ThreadFleet) -> None:
