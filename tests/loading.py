@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ties_dist.output.journal import Record, read_journals
@@ -50,6 +50,6 @@ def standing(out: Path, versions: Mapping[str, Version]) -> str | None:
     raise AssertionError(f"OUT can be loaded, but is no whole model; differing files by version: {differing}")
 
 
-def journals_of(run: Path) -> Record:
+def journals_of(run: Path, counters: Sequence[str] | None = None) -> Record:
     """What the journals in a run's folder say together."""
-    return read_journals(LocalPlace(run.parent), run.name)
+    return read_journals(LocalPlace(run.parent), run.name, counters)

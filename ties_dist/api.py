@@ -208,10 +208,10 @@ def _passes(chosen: MergePlan) -> tuple[int, int]:
     Ties that are cut are counted in another one, a wrong prediction on 16-bit models is merged once more, and units
     with exact cancellations are read again where the majority sign was not what they assumed.
     """
-    rule = chosen.method.trim
+    rule = chosen.needs.trim
     if rule is None:
         return 1, 1
-    extra = (rule.tie_policy == "exact_k" or chosen.is_16_bit) + chosen.method.asks_majority
+    extra = (rule.tie_policy == "exact_k" or chosen.is_16_bit) + (chosen.needs.majority is not None)
     if rule.scope == "tensor":
         return 3, 3 + extra  # all but the first from the page cache, where it has room
     return 1, 3 + extra
@@ -219,7 +219,7 @@ def _passes(chosen: MergePlan) -> tuple[int, int]:
 
 def _guess_bytes(chosen: MergePlan) -> int:
     """Of the sample by which a whole-model scan guesses where to count finely."""
-    if chosen.method.trim is None or chosen.method.trim.scope == "tensor":
+    if chosen.needs.trim is None or chosen.needs.trim.scope == "tensor":
         return 0
     models = (chosen.base, *chosen.experts)
     return sum(read_bytes(m.views[name], start, stop) for name, start, stop in sample_slices(chosen)[0] for m in models)
@@ -236,7 +236,7 @@ def _sample(job: Job) -> Sample:
     """Thresholds and kept shares as the sampled slices have them, and the time at the rate they were counted."""
     chosen = job.plan
     worker = Worker(chosen, opener(chosen.models, job.resources.backend, reread_bytes=chosen.reread_bytes))
-    rule = chosen.method.trim
+    rule = chosen.needs.trim
     thresholds: list[float | None] = []
     kept: list[float | None] = []
     zeros: list[float] = []
@@ -274,5 +274,5 @@ def _predict_seconds(chosen: MergePlan, worker: Worker) -> float:
                 np.frombuffer(operand.content, dtype=np.uint8).max()
             operand.release()
     rate = (worker.requested_bytes - read) / max(time.monotonic() - began, 1e-6)
-    likely = 1 if chosen.method.trim is None else 2
+    likely = 1 if chosen.needs.trim is None else 2
     return (likely * chosen.input_bytes + chosen.layout.total_bytes) / rate

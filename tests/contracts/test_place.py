@@ -14,7 +14,7 @@ from tests.conftest import Checkpoints, random_models
 from tests.places import DictPlace
 from ties_dist.engine import run as engine
 from ties_dist.engine.verify import verify
-from ties_dist.errors import LockedError, OutputError
+from ties_dist.errors import BugError, LockedError, OutputError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.output.report import MergeReport
 from ties_dist.output.status import status
@@ -187,12 +187,13 @@ class PlaceContract:
 
         with monkeypatch.context() as patched:
             patched.setattr(writer, "write", failing)
-            with pytest.raises(ZeroDivisionError, match="in the middle"):
+            with pytest.raises(BugError, match="in the middle"):
                 self.merge(place, job())
         assert status(place, watched_seconds=0.0).state == "interrupted"
         assert [e.name for e in place.list() if e.name.endswith(".safetensors")] == []
         report = self.merge(place, job())
-        assert (report.output_digest, report.resumed_units) == (expected, 2 if place.reads_parts else 0)
+        assert report.output_digest == expected
+        assert report.resumed_units in ((2, 3) if place.reads_parts else (0,))  # what was under way was written, too
         assert self.merge(place, job()).already_done
         assert status(place, watched_seconds=0.0).state == "finished"
         checked = verify(place, sample=1.0, progress=Silent(), resources=Resources())

@@ -20,8 +20,8 @@ from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
-from ties_dist.methods import Method
-from ties_dist.methods.base import LAMBDA, float32
+from ties_dist.methods import Method, TrimRule
+from ties_dist.methods.base import LAMBDA, count, density, float32
 
 @dataclass(frozen=True, kw_only=True)
 class Largest(Method):
@@ -39,6 +39,69 @@ class Largest(Method):
         for delta in operands:
             best = torch.where(delta.abs() > best.abs(), delta, best)
         return base + best * state["lambda"], []
+
+@dataclass(frozen=True, kw_only=True)
+class Trimmed(Method):
+    """Adds up what is left of each delta, and counts nothing."""
+    name: ClassVar[str] = "trimmed"
+    summary: ClassVar[str] = "trim, then add up"
+    operand: ClassVar[str] = "delta"
+    parameters: ClassVar[tuple] = (LAMBDA, density("share kept"))
+
+    @property
+    def trim(self):
+        return TrimRule(scope="model", tie_policy="keep_all")
+
+    def state(self, parameters, experts, cuts, majority):
+        return {"keep": float32([c.keep for c in cuts]), "least": float32([c.threshold for c in cuts])}
+
+    def trimmed(self, operands, state):
+        return [torch.where(d.abs() >= state["keep"][i], d, 0.0) for i, d in enumerate(operands)]
+
+    def counted(self, operands, state):
+        return []
+
+    def merge(self, base, operands, extras, state, position):
+        total = torch.zeros_like(base)
+        for delta in self.trimmed(operands, state):
+            total = total + delta
+        return base + total, self.counted(operands, state)
+
+class ByHand(Trimmed):
+    """Counts what proves the thresholds itself, as a method had to."""
+
+    def counters(self, experts):
+        return tuple(f"{what}[{i}]" for i in range(experts) for what in ("above", "equal"))
+
+    def counted(self, operands, state):
+        pairs = [(d.abs(), state["least"][i]) for i, d in enumerate(operands)]
+        return [c for m, t in pairs for c in (count(m > t), count(m == t))]
+
+class InFront(ByHand):
+    """Has a counter of its own before those."""
+
+    def counters(self, experts):
+        return ("positive", *super().counters(experts))
+
+    def counted(self, operands, state):
+        return [count(operands[0] > 0), *super().counted(operands, state)]
+
+class Conflicting(Trimmed):
+    """Counts conflicts, for the report, and nothing else."""
+
+    def counters(self, experts):
+        return ("conflicts",)
+
+    def counted(self, operands, state):
+        left = self.trimmed(operands, state)
+        return [count((left[0] > 0) & (left[1] < 0) | (left[0] < 0) & (left[1] > 0))]
+
+class OneTooMany(Trimmed):
+    def counters(self, experts):
+        return ("positive", "negative")
+
+    def counted(self, operands, state):
+        return [count(operands[0] > 0), count(operands[0] < 0), count(operands[0] == 0)]
 
 class NoMethod:
     pass
@@ -121,7 +184,7 @@ def test_other_code_is_another_merge(package: str, merge_job: Checkpoints, tmp_p
     recipe = merge_job(random_models({"w": (4, 4)}, experts=1), method=f"{package}:Largest")
     first = ties_dist.plan(recipe, allow_external_methods=True).fingerprint
     other = f"{package}_other"
-    (tmp_path / f"{other}.py").write_text(CODE.replace(">", ">="))
+    (tmp_path / f"{other}.py").write_text(CODE.replace("delta.abs() > best", "delta.abs() >= best"))
     recipe.write_text(recipe.read_text().replace(f"{package}:", f"{other}:"))
     assert ties_dist.plan(recipe, allow_external_methods=True).fingerprint != first
 
@@ -134,3 +197,48 @@ def test_the_command_line_lists_every_method_with_its_defaults(capsys: pytest.Ca
     assert (parameters["weight"]["default"], parameters["lambda"]["default"]) == (1.0, 1.0)
     table = run(capsys, "methods").out
     assert "required" in table and "negative weights welcome" in table
+
+
+# -- what the engine counts --------------------------------------------------------------------------------------------
+
+TEN = {"w": torch.zeros(10)}
+ONE = {"w": torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0, -8.0, 9.0, -10.0])}
+TWO = {"w": torch.tensor([10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])}
+"""Trimmed at density 0.2 to the three largest, as `keep_all` does: 8, 9 and 10 of each."""
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "eager"])
+@pytest.mark.parametrize(
+    ("method", "conflicts"), [("Trimmed", None), ("ByHand", None), ("InFront", None), ("Conflicting", 0.0)]
+)
+def test_the_engine_counts_what_a_trim_keeps_whatever_the_method_counts(
+    method: str, conflicts: float | None, kernel: str, package: str, merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    recipe = merge_job([TEN, ONE, TWO], method=f"{package}:{method}", parameters={"density": 0.2})
+    report = ties_dist.merge(recipe, tmp_path / "out", kernel=kernel, allow_external_methods=True)  # type: ignore[arg-type]
+    merged = load_file(tmp_path / "out" / "model.safetensors")["w"].tolist()
+    assert merged == [10.0, 9.0, 8.0, 0.0, 0.0, 0.0, 0.0, -8.0, 9.0, -10.0]
+    assert [(e.threshold, e.kept_fraction, e.kept_nonzero_fraction) for e in report.experts] == [(8.0, 0.3, 0.3)] * 2
+    assert report.conflict_fraction == conflicts
+    assert report.tensors["w"]["kept_fraction"] == [0.3, 0.3]
+
+
+def test_a_report_without_conflicts_has_no_such_column(
+    package: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = merge_job([TEN, ONE, TWO], method=f"{package}:Trimmed", parameters={"density": 0.2})
+    ended = run(capsys, "merge", recipe, tmp_path / "out", "--allow-external-methods", "-v")
+    assert ended.status == 0
+    assert "30.0%, 30.0%" in ended.out
+    assert "conflicts" not in ended.out
+
+
+@pytest.mark.parametrize("command", ["plan", "merge"])
+def test_more_counters_than_were_declared_are_refused_before_any_work(
+    command: str, package: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = merge_job([TEN, ONE, TWO], method=f"{package}:OneTooMany", parameters={"density": 0.2})
+    ended = run(capsys, command, recipe, tmp_path / "out", "--allow-external-methods")
+    assert ended.status == 2
+    assert "merge_method `trimmed` declares 2 counters (positive, negative), its `merge` returns 3" in ended.err
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from ties_dist.compiler.kernel import KernelKind, MergeKernel
 from ties_dist.compiler.native import KernelStore, processor
 from ties_dist.compiler.slices import Slice
 from ties_dist.dtypes import DType, torch_dtype
-from ties_dist.methods import Cut, Linear, Method, TaskArithmetic, Ties
+from ties_dist.methods import Cut, Found, Linear, Method, TaskArithmetic, Ties
 from ties_dist.methods.base import State
 
 DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
@@ -70,7 +70,9 @@ def test_compiled_ties_equals_eager_bit_for_bit(dtype: DType, tmp_path: Path) ->
     for n in (0, 1, 2, lanes - 1, lanes, lanes + 1, 4095, 100_003):
         operands = [values(n, dtype, i) for i in range(4)]
         for majority in (1, -1):
-            state = method.state({"lambda": 0.7}, [{"weight": w} for w in (1.0, 0.3, 0.0)], cuts, majority)
+            state = method.numbers(
+                {"lambda": 0.7}, [{"weight": w} for w in (1.0, 0.3, 0.0)], Found(cuts=cuts, majority=majority)
+            )
             eager = run("eager", method, operands, [dtype] * 4, state, dtype)
             assert run("compiled", method, operands, [dtype] * 4, state, dtype, store=store) == eager
 
@@ -95,14 +97,14 @@ def test_compiled_methods_equal_eager_on_mixed_types(method: Method, out: DType)
     types: list[DType] = ["float32", "bfloat16", "float16"][-2 if method.operand == "weight" else 0 :]  # type: ignore[assignment]
     operands = [values(n, kind, i) for i, kind in enumerate(types)]
     weights = [{"weight": 0.9}, {"weight": -1.7 if method.name != "linear" else 1.7}]
-    state = method.state({"lambda": 1.3}, weights, TWO_CUTS, 1)
+    state = method.numbers({"lambda": 1.3}, weights, Found(cuts=TWO_CUTS, majority=1))
     assert run("compiled", method, operands, types, state, out) == run("eager", method, operands, types, state, out)
 
 
 def test_signs_taken_from_another_model_compile_too() -> None:
     method = Ties(oracle=True)
     operands = [values(5000, "bfloat16", i) for i in range(4)]  # base, two experts, the oracle
-    state = method.state({"lambda": 1.0}, [{"weight": 1.0}] * 2, TWO_CUTS, -1)
+    state = method.numbers({"lambda": 1.0}, [{"weight": 1.0}] * 2, Found(cuts=TWO_CUTS, majority=-1))
     outs = []
     for kind in ("eager", "compiled"):
         kernel = MergeKernel(method, 2, kind)  # type: ignore[arg-type]
@@ -115,7 +117,7 @@ def test_signs_taken_from_another_model_compile_too() -> None:
 @pytest.mark.parametrize("shift", [1, 2, 3, 5])
 def test_tensors_may_start_at_any_byte(shift: int) -> None:
     operands = [values(4099, "bfloat16", i) for i in range(3)]
-    state = Ties().state({"lambda": 1.0}, [{"weight": 1.0}] * 2, TWO_CUTS, 1)
+    state = Ties().numbers({"lambda": 1.0}, [{"weight": 1.0}] * 2, Found(cuts=TWO_CUTS, majority=1))
     types: list[DType] = ["bfloat16"] * 3
     aligned = run("compiled", Ties(), operands, types, state, "bfloat16")
     assert run("compiled", Ties(), operands, types, state, "bfloat16", shift=shift) == aligned
@@ -126,7 +128,7 @@ def test_tensors_may_start_at_any_byte(shift: int) -> None:
 def test_every_float_is_rounded_as_torch_rounds_it(bits: list[int], out: DType) -> None:
     numbers = np.array(bits, dtype=np.uint32).view(np.float32)
     numbers = numbers[np.isfinite(numbers)]
-    state = Linear(normalize=False).state({}, [{"weight": 1.0}], [], 1)
+    state = Linear(normalize=False).numbers({}, [{"weight": 1.0}], Found(cuts=[], majority=1))
     _, ours = run("compiled", Linear(normalize=False), [torch.from_numpy(numbers)], ["float32"], state, out)
     expected = (torch.from_numpy(numbers) + 0.0).to(torch_dtype(out))
     assert ours == expected.view(torch.uint8).numpy().tobytes()
@@ -145,7 +147,7 @@ def test_nan_inf_and_overflow_are_counted(kind: KernelKind, dtype: DType) -> Non
         assert torch.isinf(expert[4].to(torch_dtype(dtype)))
         assert torch.isfinite(below.to(torch_dtype(dtype)))
     method = TaskArithmetic()
-    state = method.state({"lambda": 1.0}, [{"weight": 1.0}], [], 1)
+    state = method.numbers({"lambda": 1.0}, [{"weight": 1.0}], Found(cuts=[], majority=1))
     counts, _ = run(kind, method, [base, expert], ["float32", "float32"], state, dtype)
     assert counts == [1, 3, 4 + (dtype != "float32")]
 
@@ -159,7 +161,9 @@ def test_results_and_counts_do_not_depend_on_how_a_slice_is_cut(
     method = Ties()
     operands = [values(n, "bfloat16", seed + i) for i in range(3)]
     types: list[DType] = ["bfloat16"] * 3
-    state = method.state({"lambda": 1.0}, [{"weight": 1.0}] * 2, [Cut(threshold=0.5, keep=0.5)] * 2, 1)
+    state = method.numbers(
+        {"lambda": 1.0}, [{"weight": 1.0}] * 2, Found(cuts=[Cut(threshold=0.5, keep=0.5)] * 2, majority=1)
+    )
     whole = run("eager", method, operands, types, state, "bfloat16")
     total, written = np.zeros(len(whole[0]), np.int64), b""
     for start, stop in itertools.pairwise(sorted({0, n, *(min(c, n) for c in cuts)})):

@@ -30,7 +30,7 @@ from ties_dist.errors import OutputError, RecipeError, StoppedError
 from ties_dist.executors.base import check_stop
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import opener
-from ties_dist.methods.base import TrimRule
+from ties_dist.methods.needs import TrimRule
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job, prepare
@@ -150,7 +150,7 @@ def _density(job: Job, asked: float | None) -> float:
     if asked is not None:
         return asked
     given = {e.parameters["density"].constant for e in recipe.experts if "density" in e.parameters}
-    own = given.pop() if len(given) == 1 and plan.method.trim is not None else None
+    own = given.pop() if len(given) == 1 and plan.needs.trim is not None else None
     return own if own is not None else PAPER_DENSITY
 
 
@@ -192,7 +192,7 @@ def _measure(
         unit_bytes=plan.unit_bytes,
         thresholds_from=source,
     )
-    return replace(found, warnings=tuple(advise(found, trims=plan.method.trim == RULE)), notes=job.notes, run=run)
+    return replace(found, warnings=tuple(advise(found, trims=plan.needs.trim == RULE)), notes=job.notes, run=run)
 
 
 def _as_kept(question: Question, done: Sequence[WorkItem], tally: Tally) -> tuple[Any, dict[str, np.ndarray]]:
@@ -264,7 +264,7 @@ def _key(job: Job, density: float) -> str:
     plan = job.plan
     counted = [(t.source, t.numel) for t in plan.counted]
     models = [(m.name, m.identity) for m in (plan.base, *plan.experts)]
-    method = (plan.method.name, plan.method.trim, density, DENSITIES)
+    method = (plan.method.name, plan.needs.trim, density, DENSITIES)
     # What is counted of an interrupted one are byte ranges of the output's files, and sums are rounded at their MiB.
     layout = [(shard.name, shard.size, shard.tensors) for shard in plan.layout.shards]
     facts = (VERSION, method, models, counted, layout, job.notes, sorted(job.stamps.items()))

@@ -86,11 +86,12 @@ def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> Non
         for line in tie_warning(report):
             console.print(line, soft_wrap=True)
     if tensors and report.tensors:
-        detail = Table("tensor", "kept, per expert", "sign conflicts")
+        votes = report.conflict_fraction is not None
+        detail = Table("tensor", "kept, per expert", *(["sign conflicts"] if votes else []))
         for name, shares in report.tensors.items():
             kept = shares["kept_fraction"]
             listed = ", ".join(f"{k:.1%}" for k in kept) if isinstance(kept, list) else f"{kept:.1%}"
-            detail.add_row(escape(name), listed, f"{shares['conflict_fraction']:.1%}")
+            detail.add_row(escape(name), listed, *([f"{shares['conflict_fraction']:.1%}"] if votes else []))
         console.print(detail)
     rate = (report.bytes_read + report.bytes_written) / max(report.elapsed_seconds, 1e-9)
     lines = [

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ties_dist.compiler.slices import Slice
 from ties_dist.dtypes import DType, torch_dtype
-from ties_dist.methods.base import Method, count
+from ties_dist.errors import RecipeError
+from ties_dist.methods.base import THRESHOLDS, Method, count
 
 BLOCK = 1 << 15
 """Elements: temporaries stay in the second-level cache, and torch does not split an operation over threads, whose
 barriers cost 20 times the work on a busy machine."""
+VECTORS = 64
+"""Elements: a multiple of what torch computes at once on any processor (32 float32, 64 of 16 bits)."""
 OVERFLOWS_FROM: dict[DType, float] = {
     "float32": torch.inf,
     "bfloat16": 2.0**128 - 2.0**119,
@@ -35,10 +41,12 @@ Fused = Callable[[Sequence[Tensor], dict[str, Tensor], Tensor], tuple[Tensor, Te
 def fuse(method: Method, experts: int, out: DType) -> Fused:
     """The arithmetic of a slice as a function of operands, state and position.
 
-    operands: (n,) each, as stored: the base (where the method takes deltas), `experts` experts, extras. state,
-    position: see Method.merge. Returns the result, (n,) of the type `out`, and int32 counters: non-finite entries of
-    each operand and of the result, then the method's own.
+    operands: (n,) each, as stored: the base (where the method takes deltas), `experts` experts, extras. state: of
+    `Method.numbers`; position: see Method.merge. Returns the result, (n,) of the type `out`, and int32 counters as
+    `Counters` lays them out: non-finite entries of each operand and of the result, entries above and at each threshold,
+    then the method's own. Raises RecipeError where those are not as many as it declares.
     """
+    trims, declared = method.needs.trim is not None, method.counters(experts)
 
     def merge_slice(operands: Sequence[Tensor], state: dict[str, Tensor], position: Tensor) -> tuple[Tensor, Tensor]:
         values = [x.to(torch.float32) for x in operands]
@@ -48,11 +56,32 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
             first = 1
             values = [base, *(x - base for x in values[1:])]
         split = first + experts
-        merged, counts = method.merge(base, values[first:split], values[split:], state, position)
-        counters = torch.stack([*bad, count_beyond(merged, OVERFLOWS_FROM[out]), *counts])
+        numbers = dict(state)
+        proofs = count_trims(values[first:split], numbers.pop(THRESHOLDS)) if trims else []
+        merged, counts = method.merge(base, values[first:split], values[split:], numbers, position)
+        if len(counts) != len(declared):
+            raise RecipeError(_miscounted(method, declared, len(counts)))
+        counters = torch.stack([*bad, count_beyond(merged, OVERFLOWS_FROM[out]), *proofs, *counts])
         return merged.to(torch_dtype(out)), counters  # the one cast: round-to-nearest-even
 
     return merge_slice
+
+
+def count_trims(deltas: Sequence[Tensor], thresholds: Tensor) -> list[Tensor]:
+    """What proves the thresholds: how many of each |delta| are above its own and equal to it, 0-d int32 each."""
+    counts = []
+    for i, delta in enumerate(deltas):
+        magnitude = delta.abs()
+        counts += [count(magnitude > thresholds[i]), count(magnitude == thresholds[i])]
+    return counts
+
+
+def _miscounted(method: Method, declared: Sequence[str], returned: int) -> str:
+    listed = f" ({', '.join(declared)})" if declared else ""
+    return (
+        f"merge_method `{method.name}` declares {len(declared)} counters{listed}, its `merge` returns {returned}. Name "
+        "every one in `counters`, in the order in which `merge` returns them."
+    )
 
 
 def count_beyond(values: Tensor, limit: float) -> Tensor:
@@ -70,11 +99,41 @@ def run_eagerly(function: Fused, each: Slice) -> np.ndarray:
         operands = [view(content, kind) for content, kind in zip(contents, each.types, strict=True)]
         for low in range(0, max(target.numel(), 1), BLOCK):
             high = min(target.numel(), low + BLOCK)
-            position = torch.tensor(each.position + first + low)
-            merged, counted = function([o[low:high] for o in operands], numbers, position)
+            given = [o[low:high] for o in operands]
+            merged, counted = _whole(function, given, numbers, each.position + first + low)
             target[low:high].copy_(merged)
             counters = counters + counted
     return counters.numpy()
+
+
+def _whole(
+    function: Fused, operands: Sequence[Tensor], numbers: dict[str, Tensor], position: int
+) -> tuple[Tensor, Tensor]:
+    """Run on whole vectors: what is left over torch computes one by one, and rounds `sigmoid` or `pow` otherwise there.
+
+    So the last element is repeated behind a slice until it fills them, and not counted again.
+    """
+    n = operands[0].numel()
+    behind = -n % VECTORS
+    if not behind:
+        return function(operands, numbers, torch.tensor(position))
+    padded = [torch.cat([o, o[-1:].expand(behind)]) for o in operands]
+    with _CountOnly(n):
+        merged, counters = function(padded, numbers, torch.tensor(position))
+    return merged[:n], counters
+
+
+class _CountOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums of masks are of the first `n` elements; a traced function has no other sums of elements."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.n = n
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.sum:
+            args = (args[0][: self.n], *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def view(content: memoryview, dtype: DType) -> Tensor:

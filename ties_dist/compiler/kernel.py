@@ -7,7 +7,9 @@ imported only to trace a function that is not there yet, or to run one eagerly: 
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,8 +23,8 @@ from ties_dist.compiler.loop import Loop
 from ties_dist.compiler.native import KernelStore, NativeKernel, compile_loop, load, runs_here
 from ties_dist.compiler.slices import Slice, flat
 from ties_dist.dtypes import LOOP_BYTES, DType
-from ties_dist.errors import PlanError
-from ties_dist.methods.base import Method, State
+from ties_dist.errors import PlanError, RecipeError
+from ties_dist.methods.base import Method, State, is_ours
 
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
@@ -33,14 +35,13 @@ KernelKind = Literal["auto", "compiled", "eager"]
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
-OWN_METHODS = "ties_dist.methods."
+CODE = ("compiler/*.py", "kernels/*.py", "methods/*.py", "dtypes.py")
+"""Of the package, what a loop of one of our methods follows from (tests/unit/compiler: all that these import)."""
 
 
 @lru_cache(maxsize=1)
 def _own_code() -> str:
-    """Digest of everything that a method's loop follows from, where the method is one of ours."""
-    folders = ("compiler", "kernels", "methods")
-    files = sorted(file for folder in folders for file in (PACKAGE / folder).glob("*.py"))
+    files = sorted(file for pattern in CODE for file in PACKAGE.glob(pattern))
     return xxhash.xxh3_128_hexdigest(b"\0".join(file.read_bytes() for file in files))
 
 
@@ -109,17 +110,17 @@ class MergeKernel:
             logger.warning("this processor has no float16 instructions: running eagerly, 20 times slower")
             return None
         key = self._key(types, out_type, state)
-        if self._own and (kept := self.store.get(key)) is not None:
+        if is_ours(self.method) and (kept := self.store.get(key)) is not None:
             return kept
         from ties_dist.compiler.trace import UntraceableError
 
         try:
-            loop = self._trace(types, out_type, state)
+            loop = loop_of(self.method, self._function(out_type), types, state)
         except UntraceableError as error:
             logger.warning("`%s` cannot be compiled (%s): running eagerly, 20 times slower", self.method.name, error)
             return None
         code = compile_loop(loop)
-        if self._own:  # of a method from elsewhere, nobody knows what else its code follows from
+        if is_ours(self.method):  # of a method from elsewhere, nobody knows what else its code follows from
             self.store.put(key, code, len(loop.counters))
         return load(code, len(loop.counters))
 
@@ -128,22 +129,13 @@ class MergeKernel:
         from ties_dist.compiler.trace import UntraceableError
 
         try:
-            loop = self._trace(each.types, each.out_type, each.state)
+            loop = loop_of(self.method, self._function(each.out_type), each.types, each.state)
         except UntraceableError as error:
             raise PlanError(f"`{self.method.name}` cannot run on a GPU ({error}). Use --device cpu.") from error
         return compile_ptx(loop), len(loop.counters)
 
-    @property
-    def _own(self) -> bool:
-        return type(self.method).__module__.startswith(OWN_METHODS)
-
     def _key(self, types: Sequence[DType], out_type: DType, state: State) -> str:
         return self.store.key(_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state))
-
-    def _trace(self, types: Sequence[DType], out_type: DType, state: State) -> Loop:
-        from ties_dist.compiler.trace import trace
-
-        return trace(self._function(out_type), types, shapes(state))
 
     def _function(self, out_type: DType) -> Fused:
         if out_type not in self._fused:
@@ -151,6 +143,42 @@ class MergeKernel:
 
             self._fused[out_type] = fuse(self.method, self.experts, out_type)
         return self._fused[out_type]
+
+
+def loop_of(method: Method, function: Fused, types: Sequence[DType], state: State) -> Loop:
+    """The loop of a method's fused function. Raises UntraceableError where there is none, RecipeError where the method
+    cannot merge slice by slice."""
+    from ties_dist.compiler.elementwise import NotElementwiseError
+    from ties_dist.compiler.trace import trace
+
+    try:
+        return trace(function, types, shapes(state))
+    except NotElementwiseError as error:
+        raise RecipeError(
+            f"merge_method `{method.name}` cannot merge slice by slice: {error}{place_of(error)}. Tensors are cut "
+            "anywhere: an element of the result may follow only from the same element of base and experts and from the "
+            "numbers of `state` (docs/recipe.md)."
+        ) from error
+
+
+def eager_reason(method: Method, operands: int, experts: int, state: State) -> str | None:
+    """Why a method will run eagerly; None where there is a loop for it. Raises RecipeError as `loop_of`."""
+    from ties_dist.compiler.fuse import fuse
+    from ties_dist.compiler.trace import UntraceableError
+
+    try:
+        loop_of(method, fuse(method, experts, "float32"), ["float32"] * operands, state)
+    except UntraceableError as error:
+        return str(error)
+    return None
+
+
+def place_of(error: Exception) -> str:
+    """The line of a method's code that an error comes from, in brackets."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = (f"{PACKAGE / 'compiler'}{os.sep}", f"{os.sep}torch{os.sep}")
+    theirs = [f for f in frames if not any(part in f.filename for part in inner)]
+    return f" ({os.path.basename(theirs[-1].filename)}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def shapes(state: State) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,18 @@ from ties_dist.dtypes import LLVM_TYPES, LOOP_BYTES, DType
 COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 INTEGER_COMPARISONS = {"gt": "sgt", "ge": "sge", "lt": "slt", "le": "sle", "eq": "eq", "ne": "ne"}
 FLOAT_BINARY = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
+CASTS = {
+    ("float16", "float32"): "fpext",
+    ("float32", "float16"): "fptrunc",
+    ("bool", "float32"): "uitofp",
+    ("bool", "int32"): "zext",
+    ("bool", "int64"): "zext",
+    ("int32", "float32"): "sitofp",
+    ("int32", "int64"): "sext",
+    ("int64", "float32"): "sitofp",
+    ("float32", "int64"): "fptosi",
+}
+"""One instruction each; between bfloat16 and float32 it takes several."""
 INTEGER_BINARY = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or", "xor": "xor", "shr": "ashr"}
 
 
@@ -162,16 +174,7 @@ class _Body:
             masks = self.type("bool", each)
             safe = self.emit(f"select {masks} {nan}, {words} {self.number(0x7FC0, each)}, {words} {kept}")
             return self.emit(f"trunc {words} {safe} to {halves}")
-        word = {
-            ("float16", "float32"): "fpext",
-            ("float32", "float16"): "fptrunc",
-            ("bool", "float32"): "uitofp",
-            ("bool", "int32"): "zext",
-            ("int32", "float32"): "sitofp",
-            ("int32", "int64"): "sext",
-            ("int64", "float32"): "sitofp",
-            ("float32", "int64"): "fptosi",
-        }[source, target]
+        word = CASTS[source, target]
         return self.emit(f"{word} {self.type(source, each)} {name} to {self.type(target, each)}")
 
 

@@ -1,134 +1,285 @@
-"""From a method's plain torch function to the graph of its loop: the function is run once, on tiny tensors, watched.
+"""From a method's plain torch function to the graph of its loop: the function is run on tiny tensors, watched.
 
 torch's dispatcher is asked what it is told to do, operation by operation, so a method may be written in any way that
-torch runs. An operation that is not known here raises `UntraceableError`, and the method runs eagerly.
+torch runs. What is not elementwise raises `NotElementwiseError`. What is, but has no loop here, raises
+`UntraceableError`, and the method runs eagerly. It is run twice, on other lengths and values, and must do the same both
+times: numbers that went past the dispatcher (a shape, numpy, `tolist`) show themselves by that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ties_dist.compiler.elementwise import CREATED, SAME, VIEWS, Call, Kind, NotElementwiseError, filled, judge
 from ties_dist.compiler.fuse import Fused
-from ties_dist.compiler.loop import COMPARISONS, Loop, Node
+from ties_dist.compiler.loop import CASTS, COMPARISONS, Loop, Node
 from ties_dist.dtypes import LOOP_BYTES, DType, torch_dtype
 
-SIZE = 7
-"""Elements of the slice that is traced; no method may ask for it."""
+SIZES = ((7, 11, 13), (30011, 30013, 30029))
+"""Elements of the slices that are traced, a small and a large one; of each the first that is no other length, too."""
 NAMES: dict[torch.dtype, DType] = {torch_dtype(name): name for name in LOOP_BYTES}
+FLOATS, INTEGERS, BOOLS = {"float32"}, {"int32", "int64"}, {"bool"}
 BINARY = {
-    "add": "add", "sub": "sub", "mul": "mul", "div": "div",
-    "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor", "logical_and": "and", "logical_or": "or",
-    "__rshift__": "shr", "bitwise_right_shift": "shr",
+    **{op: (op, FLOATS | INTEGERS) for op in ("add", "sub", "mul")},
+    "div": ("div", FLOATS),
+    "bitwise_and": ("and", INTEGERS | BOOLS), "bitwise_or": ("or", INTEGERS | BOOLS),
+    "bitwise_xor": ("xor", INTEGERS | BOOLS), "logical_and": ("and", BOOLS), "logical_or": ("or", BOOLS),
+    "__rshift__": ("shr", INTEGERS), "bitwise_right_shift": ("shr", INTEGERS),
+    **{op: (op, FLOATS | INTEGERS) for op in COMPARISONS},
 }  # fmt: skip
-UNARY = {"abs": "abs", "neg": "neg", "sqrt": "sqrt", "bitwise_not": "not", "logical_not": "not"}
-FILLED = {"zeros_like": 0, "ones_like": 1, "zeros": 0, "ones": 1}
+"""The loop's operation, and the types in which it means the same."""
+LOGICAL = {"mul": ("and", BOOLS), "add": ("or", BOOLS)}
+"""What these are of masks."""
+UNARY = {
+    **{op: (op, FLOATS) for op in ("abs", "neg", "sqrt")},
+    "bitwise_not": ("not", BOOLS), "logical_not": ("not", BOOLS),
+}  # fmt: skip
 
 
 class UntraceableError(Exception):
-    """A method does something for which there is no loop."""
+    """A function does something for which there is no loop."""
+
+
+@dataclass(eq=False)
+class Known:
+    """A tensor that was met. number: of its like; node: None where no loop has it. given: not the function's own."""
+
+    number: int
+    kind: Kind
+    node: Node | None
+    given: bool = False
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records every operation as a node of its result. Tensors are kept: an address must not be given out twice."""
+    """Records every operation: what its result follows from, and its node. `did` says what was done, for comparison.
 
-    def __init__(self) -> None:
+    Tensors are kept: an address must not be given out twice.
+    """
+
+    def __init__(self, size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.nodes: dict[int, Node] = {}
+        self.size = size
+        self.did: list[tuple[str, ...]] = []
+        self.lacking: str | None = None
+        self._known: dict[int, Known] = {}
         self._kept: list[Tensor] = []
 
-    def name(self, tensor: Tensor, node: Node) -> None:
-        self.nodes[id(tensor)] = node
+    def meet(self, tensor: Tensor, kind: Kind, node: Node | None, *, given: bool = False) -> None:
+        self._known[id(tensor)] = Known(len(self._kept), kind, node, given)
         self._kept.append(tensor)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        op = func._schema.name.partition("::")[2]
-        if not isinstance(result, Tensor):
-            raise UntraceableError(f"there is no loop for torch's `{op}`")
-        self.name(result, self._node(op, args, kwargs or {}, result))
+    def of(self, tensor: Tensor) -> Known:
+        if id(tensor) not in self._known:
+            raise NotElementwiseError("it uses a tensor from outside of the function: numbers come from `state`")
+        return self._known[id(tensor)]
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        if name == "lift_fresh" and id(args[0]) not in self._known and args[0].ndim == 0:
+            return self._constant(args[0])
+        name = "alias" if name == "lift_fresh" else name
+        known = [self.of(tensor) for tensor in _tensors((*args, *kwargs.values()))]
+        if func._schema.is_mutable:
+            name = self._written(name, args)
+        # Judged by its result, so done first; but not to what was given.
+        result = func(*args, **kwargs)
+        call = Call(func, name, args, kwargs, [k.kind for k in known], result, self.size)
+        kind = judge(call)
+        self.did.append((name, *map(self._described, (*args, *kwargs.items())), str(kind)))
+        if name in ("alias", "detach"):
+            self._known[id(result)] = known[0]
+            self._kept.append(result)
+        elif func._schema.is_mutable:
+            known[0].kind, known[0].node = kind, self._node(call, kind, result, known)
+        else:
+            for each in call.results:
+                node = self._node(call, kind, each, known)
+                self.meet(each, kind, node, given=name in VIEWS)
         return result
 
-    def _node(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Node:
-        dtype, each = NAMES.get(result.dtype), result.ndim == 1
-        if dtype is None:
-            raise UntraceableError(f"{op} gives {result.dtype}")
-        if op in ("detach", "alias", "clone", "lift_fresh"):
-            return self.of(args[0])
-        if op in FILLED:
-            return Node("constant", (FILLED[op],), dtype, False)
-        if op in ("scalar_tensor", "full", "full_like"):
-            return Node("constant", (args[0] if op == "scalar_tensor" else args[1],), dtype, False)
-        if op == "select":
-            known, at = self.of(args[0]), int(args[2])
-            if known.op != "state" or each:
-                raise UntraceableError("only numbers of the state are picked out by index")
-            return Node("state", (int(cast(int, known.args[0])) + at,), "float32", False)
-        if op == "stack":
-            return Node("stack", tuple(self.of(a) for a in args[0]), dtype, False)
-        if op == "sum" and kwargs.get("dtype") == torch.int32 and self.of(args[0]).dtype == "bool":
-            return Node("count", (self.of(args[0]),), "int32", False)
-        if op == "cumsum" and (ones := self.of(args[0])).op == "constant" and ones.args == (1,):
-            return Node("index", (), "int64", True)
-        if op == "_to_copy":
-            return Node("cast", (self.of(args[0]),), dtype, each)
-        if op == "sign":
-            value = self.of(args[0])
-            zero, one, minus = (Node("constant", (v,), dtype, False) for v in (0, 1, -1))
-            positive, negative = (Node(c, (value, zero), "bool", each) for c in ("gt", "lt"))
-            return Node("where", (positive, one, Node("where", (negative, minus, zero), dtype, each)), dtype, each)
-        if op in UNARY:
-            return Node(UNARY[op], (self.of(args[0]),), dtype, each)
-        if op == "where":
-            mask, *values = (self.of(a, dtype) for a in args)
-            return Node("where", (mask, *(self._as(v, dtype) for v in values)), dtype, each)
-        if (op in BINARY or op in COMPARISONS) and kwargs.get("alpha", 1) == 1 and "rounding_mode" not in kwargs:
-            given = [a.dtype for a in args[:2] if isinstance(a, Tensor)]
-            common = NAMES[torch.promote_types(given[0], given[-1])] if op in COMPARISONS else dtype
-            pair = tuple(self._as(self.of(a, common), common) for a in args[:2])
-            return Node(BINARY.get(op, op), pair, dtype, each)
-        raise UntraceableError(f"there is no loop for torch's `{op}`")
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """`torch.tensor(0.5)`, written in the function."""
+        value, dtype = tensor.item(), NAMES.get(tensor.dtype)
+        self.did.append(("tensor", repr(value)))
+        self.meet(tensor, Kind(constant=value), Node("constant", (value,), dtype, False) if dtype else None)
+        return tensor
 
-    def of(self, value: Any, dtype: DType = "float32") -> Node:
-        """The node of a tensor or of a plain number."""
-        if not isinstance(value, Tensor):
-            return Node("constant", (value,), dtype, False)
-        if id(value) not in self.nodes:
-            raise UntraceableError("a tensor comes from outside of the function")
-        return self.nodes[id(value)]
+    def _written(self, name: str, args: Sequence[Any]) -> str:
+        """The name of an in-place operation as if it were none. Raises NotElementwiseError unless it is on its own."""
+        if not (name.endswith("_") and isinstance(args[0], Tensor)) or self.of(args[0]).given:
+            raise NotElementwiseError(f"torch's `{name}` writes to what the function was given")
+        return name.rstrip("_")
 
-    @staticmethod
-    def _as(node: Node, dtype: DType) -> Node:
-        if node.dtype == dtype:
-            return node
-        if node.op == "constant":
-            return Node("constant", node.args, dtype, False)
-        return Node("cast", (node,), dtype, node.each)
+    def _described(self, value: Any) -> str:
+        """What an operation was given, comparable between two runs."""
+        if isinstance(value, Tensor):
+            return f"tensor {self.of(value).number}"
+        if isinstance(value, (list, tuple)):
+            shape = len(value) == 1 and isinstance(value[0], int) and value[0] == self.size
+            return "a slice's length" if shape else f"[{', '.join(map(self._described, value))}]"
+        return repr(value)
+
+    def _node(self, call: Call, kind: Kind, result: Tensor, known: Sequence[Known]) -> Node | None:
+        """The loop's operation for a result, if there is one."""
+        nodes = [k.node for k in known]
+        try:
+            if result.ndim == 1 and not kind.each and call.name != "stack":
+                raise UntraceableError(f"there is no loop for torch's `{call.name}` of several numbers at once")
+            whole = [node for node in nodes if node is not None]
+            return _translate(call, result, whole) if len(whole) == len(nodes) else None
+        except UntraceableError as error:
+            self.lacking = self.lacking or str(error)
+            return None
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors among the arguments of an operation, in order."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _translate(call: Call, result: Tensor, nodes: Sequence[Node]) -> Node:
+    """The loop's operation for torch's. nodes: of its tensors, in order. Raises UntraceableError."""
+    op, dtype, each = call.name, NAMES.get(result.dtype), result.ndim == 1
+    if dtype is None:
+        raise UntraceableError(f"there is no loop for {result.dtype}")
+    if op in SAME or (op == "expand" and call.args[0].ndim == 0):
+        return nodes[0]
+    if op == "_to_copy":
+        return _as(nodes[0], dtype)
+    if dtype not in FLOATS | INTEGERS | BOOLS:
+        raise UntraceableError(f"there is no loop that computes in {dtype}")
+    if op in CREATED:
+        return _constant(filled(call), dtype)
+    if op in ("select", "unbind") and nodes[0].op == "state":
+        at = int(call.args[2]) if op == "select" else [id(r) for r in call.results].index(id(result))
+        length = call.args[0].shape[0]
+        return Node("state", (int(cast(int, nodes[0].args[0])) + at % length,), "float32", False)
+    if op == "stack":
+        return Node("stack", tuple(nodes), dtype, False)
+    if op == "sum":
+        return _as(Node("count", (nodes[0],), "int32", False), dtype)
+    if op == "cumsum":
+        return Node("index", (), "int64", True)
+    return _computed(call, dtype, each, nodes)
+
+
+def _computed(call: Call, dtype: DType, each: bool, nodes: Sequence[Node]) -> Node:
+    """Of an operation of arithmetic or logic. Numbers among its arguments become constants."""
+    op, lacking = call.name, UntraceableError(f"there is no loop for torch's `{call.name}`")
+    following = iter(nodes)
+    values = [next(following) if isinstance(a, Tensor) else a for a in call.args]
+    if op == "where":
+        mask, *chosen = (v if isinstance(v, Node) else _constant(v, dtype) for v in values)
+        return Node("where", (mask, *(_as(v, dtype) for v in chosen)), dtype, each)
+    if op == "sign" and dtype not in BOOLS:
+        zero, one, minus = (_constant(v, dtype) for v in (0, 1, -1))
+        positive, negative = (Node(c, (nodes[0], zero), "bool", each) for c in ("gt", "lt"))
+        return Node("where", (positive, one, Node("where", (negative, minus, zero), dtype, each)), dtype, each)
+    if op == "neg" and dtype in INTEGERS:
+        return Node("sub", (_constant(0, dtype), nodes[0]), dtype, each)
+    if op in UNARY and nodes[0].dtype == dtype and dtype in UNARY[op][1]:
+        return Node(UNARY[op][0], (nodes[0],), dtype, each)
+    if op in BINARY and len(values) == 2 and call.kwargs.get("alpha", 1) == 1 and "rounding_mode" not in call.kwargs:
+        word, types = LOGICAL[op] if dtype in BOOLS and op in LOGICAL else BINARY[op]
+        taken = NAMES.get(torch.result_type(*call.args)) if op in COMPARISONS else dtype
+        if taken in types:
+            pair = (_as(v if isinstance(v, Node) else _constant(v, taken), taken) for v in values)
+            return Node(word, tuple(pair), dtype, each)
+    raise lacking
+
+
+def _constant(value: object, dtype: DType) -> Node:
+    if not isinstance(value, (int, float)):
+        raise UntraceableError(f"there is no loop for the number {value!r}")
+    return Node("constant", (value,), dtype, False)
+
+
+def _as(node: Node, dtype: DType) -> Node:
+    if node.dtype == dtype:
+        return node
+    if node.op == "constant":
+        return Node("constant", node.args, dtype, False)
+    known = (node.dtype, dtype) in CASTS or {node.dtype, dtype} == {"bfloat16", "float32"}
+    # What an integer is made of an element may be too large for it: undefined in LLVM.
+    if not known or ((node.dtype, dtype) == ("float32", "int64") and node.each):
+        raise UntraceableError(f"there is no loop that makes {dtype} of {node.dtype}")
+    return Node("cast", (node,), dtype, node.each)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One run of a function. did: its operations. loop: None where there is none, for the reason `lacking`."""
+
+    did: Sequence[tuple[str, ...]]
+    loop: Loop | None
+    lacking: str | None
+
+
+def _watched(function: Fused, types: Sequence[DType], state: Mapping[str, tuple[int, ...]], run: int) -> Watched:
+    """Run a function on a slice of its own length, numbers and place. run: 0 or 1. Raises NotElementwiseError."""
+    taken = {torch.Size(shape).numel() for shape in state.values()} | {len(types)}
+    size = next(size for size in SIZES[run] if size not in taken)
+    watch = _Watch(size)
+    slices = [(torch.arange(1.0, size + 1) * run).to(torch_dtype(name)) for name in types]
+    for k, each in enumerate(slices):
+        watch.meet(each, Kind(each=True), Node("input", (k,), types[k], True), given=True)
+    numbers, offset = {}, 0
+    for name, shape in state.items():
+        numbers[name] = torch.full(shape, 1.0 + 2 * run)
+        watch.meet(numbers[name], Kind(), Node("state", (offset,), "float32", False), given=True)
+        offset += numbers[name].numel()
+    position = torch.tensor(12345 * run)
+    watch.meet(position, Kind(position=1), Node("position", (), "int64", False), given=True)
+    given = [each.clone() for each in (*slices, *numbers.values(), position)]
+    with watch:
+        outputs = function(slices, dict(numbers), position)
+    if not all(map(torch.equal, given, (*slices, *numbers.values(), position))):
+        raise NotElementwiseError("it writes to what it was given, past torch")
+    result, counters = (watch.of(output) for output in outputs)
+    watch.did.append(("return", f"tensor {result.number}"))
+    if not result.kind.each or result.kind.is_cut:
+        raise NotElementwiseError("its result is not one value for every element, wherever a slice begins")
+    loop, lacking = None, watch.lacking
+    if result.node is not None and counters.node is not None:
+        if result.node.each:
+            loop = Loop(tuple(types), offset, result.node, cast("tuple[Node, ...]", counters.node.args))
+        else:
+            lacking = "its result is the same for every element"
+    return Watched(watch.did, loop, lacking)
 
 
 def trace(function: Fused, types: Sequence[DType], state: Mapping[str, tuple[int, ...]]) -> Loop:
-    """The loop of a fused function (`eager.fuse`).
+    """The loop of a fused function (`fuse`).
 
     types: of the operands, as stored. state: shape by name, () or (experts,); its numbers lie behind each other in this
-    order. Raises UntraceableError.
+    order. Raises NotElementwiseError, UntraceableError.
     """
-    watch = _Watch()
-    slices = [torch.zeros(SIZE, dtype=torch_dtype(name)) for name in types]
-    for k, each in enumerate(slices):
-        watch.name(each, Node("input", (k,), types[k], True))
-    numbers, offset = {}, 0
-    for name, shape in state.items():
-        numbers[name] = torch.ones(shape)
-        watch.name(numbers[name], Node("state", (offset,), "float32", False))
-        offset += numbers[name].numel()
-    position = torch.tensor(0)
-    watch.name(position, Node("position", (), "int64", False))
-    with watch:
-        result, counters = (watch.of(output) for output in function(slices, numbers, position))
-    if not result.each or counters.op != "stack":
-        raise UntraceableError("the result must differ by element, and counters be counts of elements")
-    return Loop(tuple(types), offset, result, cast("tuple[Node, ...]", counters.args))
+    first, second = (_watched(function, types, state, run) for run in (0, 1))
+    _compare(first.did, second.did)
+    if first.loop is None:
+        raise UntraceableError(first.lacking)
+    return first.loop
+
+
+def _compare(one: Sequence[tuple[str, ...]], other: Sequence[tuple[str, ...]]) -> None:
+    """Raises NotElementwiseError where two runs of a function did not do the same."""
+    past = "something follows, past torch, from a slice's length, place or values (a shape, numpy, `tolist`)"
+    for (op, *given), (instead, *others) in zip_longest(one, other, fillvalue=("nothing",)):
+        if op != instead:
+            raise NotElementwiseError(f"it does `{op}` with one slice and `{instead}` with another: {past}")
+        for a, b in zip(given, others, strict=True):
+            if a != b:
+                raise NotElementwiseError(f"torch's `{op}` gets {a} with one slice and {b} with another: {past}")

@@ -91,7 +91,7 @@ class Passes:
 
     @property
     def _per_tensor(self) -> bool:
-        return self.plan.method.trim is not None and self.plan.method.trim.scope == "tensor"
+        return self.plan.needs.trim is not None and self.plan.needs.trim.scope == "tensor"
 
     @property
     def totals(self) -> Totals:
@@ -109,7 +109,7 @@ class Passes:
         if self.unsolved:
             shown = ", ".join(self.unsolved[:4]) + (", ..." if len(self.unsolved) > 4 else "")
             said.append(f"{len(self.unsolved)} matrices had no solution and took the plain mean: {shown}")
-        if "plain_mean" in self.plan.counter_names and (count := self.totals.get("plain_mean")):
+        if count := self.totals.overall.own.get("plain_mean"):
             said.append(f"{count / self.plan.elements:.2%} of the entries have no Fisher information: plain mean")
         return tuple(said)
 
@@ -138,7 +138,7 @@ class Passes:
 
         Thresholds of single tensors are found group by group, just before their tensors merge.
         """
-        if self.plan.method.trim is None:
+        if self.plan.needs.trim is None:
             return
         if self._per_tensor:
             self.thresholds_from = "scan"
@@ -152,10 +152,10 @@ class Passes:
 
         Where ties are cut all are scanned, since the place of the cut is not proven by itself.
         """
-        assert self.plan.method.trim is not None
-        if self.plan.method.trim.tie_policy == "exact_k":
+        assert self.plan.needs.trim is not None
+        if self.plan.needs.trim.tie_policy == "exact_k":
             return {}
-        wrong = self.totals.wrong_thresholds(self.plan, self.model_cuts)
+        wrong = self.totals.wrong_thresholds(self.model_cuts)
         return {i: cut.threshold for i, cut in enumerate(self.model_cuts) if i not in wrong}
 
     def _scan(self, speculate: bool | None, proven: Mapping[int, Threshold] | None = None) -> None:
@@ -173,7 +173,7 @@ class Passes:
         self.cuts = {t.source: tuple(c.of(t.source, t.numel) for c in cuts) for t in self.plan.counted}
 
     def task(self, unit: WorkItem, majority: int = 1) -> MergeTask:
-        tensors = self.plan.tensors_of(unit) if self.plan.method.trim else ()
+        tensors = self.plan.tensors_of(unit) if self.plan.needs.trim else ()
         return MergeTask(item=unit, cuts={t: self.cuts[t] for t in tensors}, majority=majority)
 
     def is_current(self, result: MergeResult) -> bool:
@@ -208,8 +208,8 @@ class Passes:
         self.solve(missing)
         if self._warming is not None:
             self._warming.join()
-        if self.plan.method.asks_majority:
-            self.sign_sum = self.totals.get("sign_sum") if self.results else self._sampled_signs()
+        if self.plan.needs.majority is not None:
+            self.sign_sum = self.totals.signs if self.results else self._sampled_signs()
         with self._timed("merge"), phase(self.progress, "merge", sum(u.nbytes for u in missing)):
             for group in self._groups(missing):
                 self._merge(group)
@@ -318,7 +318,7 @@ class Passes:
 
     def settle_majority(self) -> None:
         """Redo the units with exact cancellations, if the majority sign turned out not to be what they assumed."""
-        if self.plan.method.asks_majority:
+        if self.plan.needs.majority is not None:
             sign = self.totals.majority
             wrong = [r.item for r in self.results.values() if r.dependent and r.majority != sign]
             self._redo(
@@ -331,7 +331,7 @@ class Passes:
         Wrong ones from a sample, or from a stale cache entry (taken now, or by the run that this one resumes), are
         found by a scan, and what they changed is redone.
         """
-        wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
+        wrong = self.totals.unproven(self.model_cuts)
         if wrong and self.model_cuts and self.thresholds_from != "scan":
             logger.warning("the thresholds from the %s were wrong (%s): scanning", self.thresholds_from, wrong[0])
             self.mispredicted = True
@@ -341,7 +341,7 @@ class Passes:
             self._scan(speculate=False, proven=self._proven())
             stale = [r.item for r in self.results.values() if not self.is_current(r)]
             self._redo(stale, majority=None, reason="thresholds changed")
-            wrong = self.totals.unproven(self.plan, self.model_cuts, self.cuts)
+            wrong = self.totals.unproven(self.model_cuts)
         if wrong:
             raise ProofError(
                 listing("counts contradict the thresholds:", wrong, "Were inputs changed while they were read?")
@@ -349,7 +349,7 @@ class Passes:
 
     def check_numbers(self) -> None:
         """Raises NumericError where NaN or Inf came in or went out."""
-        if problems := self.totals.nonfinite(self.plan):
+        if problems := self.totals.nonfinite():
             raise NumericError(listing("some numbers are not finite:", problems, NOTHING_PUBLISHED))
 
     @contextmanager

@@ -160,7 +160,7 @@ def hold(
 @contextmanager
 def open_run(job: Job, folder: OutFolder, lock: RunLock, executor: Executor, gpus: Gpus | None) -> Iterator[Run]:
     """Everything opened that the merge needs. Work that met NaN or Inf is discarded: of no use to repaired inputs."""
-    record = read_journals(folder.place, folder.run)
+    record = read_journals(folder.place, folder.run, job.plan.counters.names)
     if doubts := lock.doubts:
         logger.warning("the run before may still be alive: going on with copies of its partial shards")
         adopt(folder, job.plan.layout.shards, publishing=record.publishing)
@@ -168,7 +168,7 @@ def open_run(job: Job, folder: OutFolder, lock: RunLock, executor: Executor, gpu
     check_space(folder, job, publishing=record.publishing)
     site = Site(plan=job.plan, resources=job.resources, folder=folder, holder=lock.me)
     executor.start(site)
-    step, journal = site.open(gpus), Journal(folder.place, folder.run, lock.token)
+    step, journal = site.open(gpus), Journal(folder.place, folder.run, lock.token, job.plan.counters.names)
     with closing(step.writer), _discarding(folder, lock, on=NumericError):
         yield Run(job=job, folder=folder, lock=lock, record=record, journal=journal, step=step)
 

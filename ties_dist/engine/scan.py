@@ -80,7 +80,7 @@ class Scan:
         speculate: take a sample's prediction for it (`source` is then "sample"), which the merge's counts must prove;
         None: where that is likely to be right. proven: thresholds of experts that need not be looked for.
         """
-        rule = self.plan.method.trim
+        rule = self.plan.needs.trim
         assert rule is not None and rule.scope == "model"
         experts = range(len(self.plan.experts) if self.plan.elements else 0)
         ranks = {i: rule.rank(self.plan.elements, self.plan.density(i)) for i in experts}
@@ -116,7 +116,7 @@ class Scan:
 
     def _windows_of_others(self, own: Mapping[int, Window]) -> dict[int, Window]:
         """Further windows of the experts that are read anyhow, by expert plus a multiple of their number."""
-        rule, count = self.plan.method.trim, len(self.plan.experts)
+        rule, count = self.plan.needs.trim, len(self.plan.experts)
         assert rule is not None
         windows: dict[int, Window] = {}
         for number, other in enumerate(self.also, 1):

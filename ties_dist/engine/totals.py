@@ -2,105 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from ties_dist.methods.needs import TrimRule
 from ties_dist.output.report import ExpertReport, MergeReport
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job
 from ties_dist.storage.digests import output_digest
-from ties_dist.thresholds import Cuts, ModelCut, proves
+from ties_dist.thresholds import ModelCut, proves
+from ties_dist.values.counters import Counts
 from ties_dist.values.items import MergeResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Counts per counted tensor, in the order of `MergePlan.counter_names`: (counters,) int64 each."""
+    """What was counted over a whole merge. rows: per counted tensor, (counters,) int64 each."""
 
-    names: Mapping[str, int]
-    tensors: Mapping[str, np.ndarray]
+    plan: MergePlan
+    rows: Mapping[str, np.ndarray]
 
     @classmethod
     def of(cls, plan: MergePlan, results: Iterable[MergeResult]) -> Totals:
         """results: disjoint ranges that cover the output."""
-        tensors: dict[str, np.ndarray] = {
-            t.source: np.zeros(len(plan.counter_names), dtype=np.int64) for t in plan.counted
-        }
+        rows = {t.source: np.zeros(len(plan.counters.names), dtype=np.int64) for t in plan.counted}
         for result in results:
-            for tensor, counts in result.counts.items():
-                tensors[tensor] += np.array(counts, dtype=np.int64)
-        return cls(names={name: i for i, name in enumerate(plan.counter_names)}, tensors=tensors)
+            for tensor, row in result.counts.items():
+                rows[tensor] += np.array(row, dtype=np.int64)
+        return cls(plan=plan, rows=rows)
 
-    def get(self, name: str) -> int:
-        """One counter over all d elements."""
-        return int(self._overall[self.names[name]])
+    def by_tensor(self) -> Iterator[tuple[str, Counts]]:
+        for tensor, row in self.rows.items():
+            yield tensor, self.plan.counters.read(row)
 
     @cached_property
-    def _overall(self) -> np.ndarray:
-        return sum(self.tensors.values(), np.zeros(len(self.names), dtype=np.int64))
+    def overall(self) -> Counts:
+        """Over all d elements."""
+        none = np.zeros(len(self.plan.counters.names), dtype=np.int64)
+        return self.plan.counters.read(sum(self.rows.values(), none))
 
-    def per_expert(self, name: str, experts: int) -> list[int]:
-        return [self.get(f"{name}[{i}]") for i in range(experts)]
+    @property
+    def signs(self) -> int:
+        """The sum of elected signs, where the method asks for their majority."""
+        majority = self.plan.needs.majority
+        return self.overall.own[majority.signs] if majority is not None else 0
 
     @property
     def majority(self) -> int:
-        """Sign of the integer sum of elected signs over d; a zero counts as negative (semantics.md)."""
-        return 1 if "sign_sum" in self.names and self.get("sign_sum") > 0 else -1
+        """Sign of the sum of elected signs over d; a zero counts as negative, as in the published code."""
+        return 1 if self.signs > 0 else -1
 
-    def unproven(self, plan: MergePlan, model: Sequence[ModelCut], cuts: Mapping[str, Cuts]) -> list[str]:
-        """What the counts above and at the thresholds contradict."""
-        rule = plan.method.trim
+    def unproven(self, model: Sequence[ModelCut]) -> list[str]:
+        """What the counts above and at the thresholds contradict. model: whole-model thresholds, where there are."""
+        rule = self.plan.needs.trim
         if rule is None:
             return []
-        cut = rule.tie_policy == "exact_k"
         if rule.scope == "model":
-            return list(self.wrong_thresholds(plan, model).values())
+            return list(self.wrong_thresholds(model).values())
         problems = []
-        for tensor, counts in self.tensors.items():
-            for i, numbers in enumerate(plan.numbers[tensor].experts):
-                rank = rule.rank(plan.sizes[tensor], numbers["density"])
-                over, at, kept = (int(counts[self.names[f"{name}[{i}]"]]) for name in ("above", "equal", "kept"))
-                if rank and not (proves(rank, over, at) and (kept == rank or not cut)):
+        for tensor, counts in self.by_tensor():
+            for i, numbers in enumerate(self.plan.numbers[tensor].experts):
+                rank = rule.rank(self.plan.sizes[tensor], numbers["density"])
+                if not _stands(rule, rank, counts, i):
                     problems.append(
-                        f"{tensor}: {over:,} entries of expert {i} above the threshold, {at:,} at it, {kept:,} kept"
+                        f"{tensor}: {counts.above[i]:,} entries of expert {i} above the threshold, {counts.equal[i]:,} "
+                        f"at it, {counts.kept[i]:,} kept"
                     )
         return problems
 
-    def wrong_thresholds(self, plan: MergePlan, model: Sequence[ModelCut]) -> dict[int, str]:
+    def wrong_thresholds(self, model: Sequence[ModelCut]) -> dict[int, str]:
         """Experts whose whole-model threshold the counts contradict, and how."""
-        rule, wrong = plan.method.trim, {}
+        plan, counts, wrong = self.plan, self.overall, {}
+        rule = plan.needs.trim
         assert rule is not None and rule.scope == "model"
-        counted = [self.per_expert(name, len(model)) for name in ("above", "equal", "kept")]
-        for i, (above, equal, kept) in enumerate(zip(*counted, strict=True)):
+        for i, cut in enumerate(model):
             rank = rule.rank(plan.elements, plan.density(i)) if plan.elements else None
-            if rank and not (proves(rank, above, equal) and (kept == rank or rule.tie_policy != "exact_k")):
+            if not _stands(rule, rank, counts, i):
                 wrong[i] = (
-                    f"expert '{plan.experts[i].name}': {above:,} entries above {model[i].threshold.value:g}, "
-                    f"{equal:,} equal to it and {kept:,} kept do not make it the {rank:,}-th largest"
+                    f"expert '{plan.experts[i].name}': {counts.above[i]:,} entries above {cut.threshold.value:g}, "
+                    f"{counts.equal[i]:,} equal to it and {counts.kept[i]:,} kept do not make it the {rank:,}-th "
+                    "largest"
                 )
         return wrong
 
-    def nonfinite(self, plan: MergePlan) -> list[str]:
+    def nonfinite(self) -> list[str]:
         """NaN and Inf in inputs and output, per tensor."""
-        operands = [m.name for m in plan.operands]
+        operands = [m.name for m in self.plan.operands]
         problems = []
-        for tensor, counts in self.tensors.items():
-            entries = [int(c) for c in counts[: len(operands)]]
+        for tensor, counts in self.by_tensor():
             problems += [
-                f"{tensor}: {n:,} NaN or Inf in '{name}'" for n, name in zip(entries, operands, strict=True) if n
+                f"{tensor}: {n:,} NaN or Inf in '{name}'"
+                for n, name in zip(counts.nonfinite, operands, strict=True)
+                if n
             ]
-            out = int(counts[self.names["nonfinite_out"]])
-            if out and not any(entries):
-                dtype = next(t.dtype for t in plan.counted if t.source == tensor)
-                remedy = "smaller weights or" if dtype == "F32" else "`out_dtype: float32` or"
-                problems.append(
-                    f"{tensor}: the result overflows {dtype} in {out:,} of {plan.sizes[tensor]:,} entries: use "
-                    f"{remedy} a smaller lambda"
-                )
+            if counts.nonfinite_out and not any(counts.nonfinite):
+                problems.append(self._overflow(tensor, counts.nonfinite_out))
         return problems
+
+    def _overflow(self, tensor: str, entries: int) -> str:
+        dtype = next(t.dtype for t in self.plan.counted if t.source == tensor)
+        remedy = "smaller weights or" if dtype == "F32" else "`out_dtype: float32` or"
+        return (
+            f"{tensor}: the result overflows {dtype} in {entries:,} of {self.plan.sizes[tensor]:,} entries: use "
+            f"{remedy} a smaller lambda"
+        )
+
+
+def _stands(rule: TrimRule, rank: int | None, counts: Counts, expert: int) -> bool:
+    """Whether counts prove an expert's threshold of a rank; without one there is nothing to prove."""
+    if not rank:
+        return True
+    exact = rule.tie_policy != "exact_k" or counts.kept[expert] == rank
+    return exact and proves(rank, counts.above[expert], counts.equal[expert])
 
 
 def describe(
@@ -123,13 +139,12 @@ def describe(
     remarks: Sequence[str] = (),
 ) -> MergeReport:
     plan = job.plan
-    trims, votes = plan.method.trim is not None, "conflicts" in totals.names
-    d = max(1, plan.elements)
+    d, conflicts = max(1, plan.elements), totals.overall.own.get("conflicts")
     return MergeReport(
         method=plan.method.name,
         semantics=job.recipe.options.semantics,
         experts=tuple(_expert(job, totals, model_cuts, i) for i in range(len(plan.experts))),
-        conflict_fraction=totals.get("conflicts") / d if votes else None,
+        conflict_fraction=conflicts / d if conflicts is not None else None,
         elements=plan.elements,
         bytes_read=bytes_read,
         bytes_written=plan.layout.total_bytes,
@@ -145,11 +160,13 @@ def describe(
         unit_bytes=plan.unit_bytes,
         output_digest=output_digest((s.name, s.size, blocks[s.name]) for s in plan.layout.shards),
         fingerprint=plan.fingerprint,
-        majority_sign=totals.majority if plan.method.asks_majority else None,
+        majority_sign=totals.majority if plan.needs.majority is not None else None,
         thresholds_from=thresholds_from,
         mispredicted=mispredicted,
         phases=phases,
-        tensors={name: _tensor(plan, totals, name) for name in totals.tensors} if trims else {},
+        tensors={name: _shares(plan, name, counts) for name, counts in totals.by_tensor()}
+        if plan.needs.trim is not None
+        else {},
         notes=(*job.notes, *remarks),
     )
 
@@ -158,7 +175,7 @@ def _expert(job: Job, totals: Totals, model_cuts: Sequence[ModelCut], i: int) ->
     plan, settings = job.plan, job.recipe.experts[i].parameters
     name = plan.experts[i].name
     weight = settings["weight"].constant if "weight" in settings else None
-    if plan.method.trim is None:
+    if plan.needs.trim is None:
         return ExpertReport(name=name, weight=weight)
     d = max(1, plan.elements)
     cut = model_cuts[i] if model_cuts else None
@@ -167,27 +184,28 @@ def _expert(job: Job, totals: Totals, model_cuts: Sequence[ModelCut], i: int) ->
         name=name,
         weight=weight,
         density=settings["density"].constant,
-        kept_fraction=totals.get(f"kept[{i}]") / d,
-        kept_nonzero_fraction=totals.get(f"kept_nonzero[{i}]") / d,
-        tie_fraction=_ties(plan, totals, i) / d if cut is None or ranked else 0.0,
+        kept_fraction=totals.overall.kept[i] / d,
+        kept_nonzero_fraction=totals.overall.kept_nonzero[i] / d,
+        tie_fraction=_ties(plan.needs.trim, totals, i) / d if cut is None or ranked else 0.0,
         threshold=cut.threshold.value if cut is not None and ranked else None,
     )
 
 
-def _ties(plan: MergePlan, totals: Totals, i: int) -> int:
+def _ties(rule: TrimRule, totals: Totals, i: int) -> int:
     """Entries equal to their threshold; where a tensor is kept whole there is none, though its zeros were counted."""
-    rule, equal = plan.method.trim, totals.names[f"equal[{i}]"]
-    assert rule is not None
     if rule.scope == "model":
-        return totals.get(f"equal[{i}]")
+        return totals.overall.equal[i]
     return sum(
-        int(counts[equal])
-        for tensor, counts in totals.tensors.items()
-        if rule.rank(plan.sizes[tensor], plan.numbers[tensor].experts[i]["density"]) is not None
+        counts.equal[i]
+        for tensor, counts in totals.by_tensor()
+        if rule.rank(totals.plan.sizes[tensor], totals.plan.numbers[tensor].experts[i]["density"]) is not None
     )
 
 
-def _tensor(plan: MergePlan, totals: Totals, name: str) -> dict[str, float | list[float]]:
-    counts, numel = totals.tensors[name], max(1, plan.sizes[name])
-    kept = [float(counts[totals.names[f"kept[{i}]"]]) / numel for i in range(len(plan.experts))]
-    return {"kept_fraction": kept, "conflict_fraction": float(counts[totals.names["conflicts"]]) / numel}
+def _shares(plan: MergePlan, tensor: str, counts: Counts) -> dict[str, float | list[float]]:
+    """What of a tensor is kept of each expert, and in conflict where the method counts that."""
+    numel = max(1, plan.sizes[tensor])
+    shares: dict[str, float | list[float]] = {"kept_fraction": [float(kept) / numel for kept in counts.kept]}
+    if "conflicts" in counts.own:
+        shares["conflict_fraction"] = counts.own["conflicts"] / numel
+    return shares

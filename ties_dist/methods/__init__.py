@@ -9,25 +9,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ties_dist.methods.base import Cut, Method, State, TrimRule
+    from ties_dist.methods.base import Cut, Found, Method, State
     from ties_dist.methods.known import METHODS, known_methods
     from ties_dist.methods.linear import Linear
+    from ties_dist.methods.needs import TrimRule
     from ties_dist.methods.task_arithmetic import TaskArithmetic
     from ties_dist.methods.ties import Ties
 
 _WHERE = {
     "METHODS": "known",
     "Cut": "base",
+    "Found": "base",
     "Linear": "linear",
     "Method": "base",
     "State": "base",
     "TaskArithmetic": "task_arithmetic",
     "Ties": "ties",
-    "TrimRule": "base",
+    "TrimRule": "needs",
     "known_methods": "known",
 }
 
-__all__ = ["METHODS", "Cut", "Linear", "Method", "State", "TaskArithmetic", "Ties", "TrimRule", "known_methods"]
+__all__ = [
+    "METHODS",
+    "Cut",
+    "Found",
+    "Linear",
+    "Method",
+    "State",
+    "TaskArithmetic",
+    "Ties",
+    "TrimRule",
+    "known_methods",
+]
 
 if not TYPE_CHECKING:  # a type checker that sees this takes every name for one of ours
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from ties_dist.methods.needs import Ask, DataStatistics, MajoritySign, Needs, Stage, TrimRule
 from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 State = dict[str, np.ndarray]
-"""The numbers one slice is merged with, by name: float32, 0-d or (experts,). `merge` gets them as tensors."""
+"""The numbers one slice is merged with, by name: float32, 0-d or (experts,). `merge` gets its own as tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,28 +37,15 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrimRule:
-    """Which order statistic a method asks for (semantics.md, Trim)."""
+class Found:
+    """What is known of one slice when it is merged. cuts: per expert, where the method trims; majority: +1 or -1."""
 
-    scope: Literal["model", "tensor"]
-    tie_policy: Literal["keep_all", "exact_k"]
-    at_least: int = 0
-    """mergekit keeps at least one entry of every tensor."""
+    cuts: Sequence[Cut] = ()
+    majority: int = 1
 
-    def kept(self, numel: int, density: float) -> int:
-        """k: entries to keep of `numel`, int(numel * density) in float64 as the published codes compute it."""
-        return min(numel, max(self.at_least, int(numel * density)))
 
-    def rank(self, numel: int, density: float) -> int | None:
-        """1-based rank, from the largest, of the threshold among `numel` magnitudes.
-
-        None: no threshold, everything is kept. 0: nothing is kept. keep_all takes the (d-k)-th smallest, which is
-        the (k+1)-th largest: without ties k+1 entries survive, as in the published `kthvalue(d - k)`, `>=`.
-        """
-        k = self.kept(numel, density)
-        if k >= numel:
-            return None
-        return k + 1 if self.tie_policy == "keep_all" else k
+THRESHOLDS = "thresholds of the engine"
+"""Among the numbers of a slice: (experts,), what entries are counted above and at. No method's own name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +79,14 @@ class Method:
         return False
 
     @property
+    def needs(self) -> Needs:
+        """What the engine finds before and during `merge`: here as stages what the three above say in short."""
+        trim = (Stage(of="magnitudes", asks=(self.trim,)),) if self.trim is not None else ()
+        asks: list[Ask] = [MajoritySign()] if self.asks_majority else []
+        asks += [DataStatistics(kind=self.statistics)] if self.statistics is not None else []
+        return Needs((*trim, Stage(of="merge", asks=tuple(asks))))
+
+    @property
     def is_random(self) -> bool:
         """Whether `state` is given, among the parameters, `tensor`: a number below 2^32 that stands for the tensor."""
         return False
@@ -108,8 +104,21 @@ class Method:
         """The numbers `merge` needs for one slice. cuts: empty for methods without a trim; majority: +1 or -1."""
         raise NotImplementedError
 
+    def numbers(
+        self, parameters: Mapping[str, float], experts: Sequence[Mapping[str, float]], found: Found
+    ) -> State:  # fmt: skip
+        """All numbers of one slice: the thresholds that the engine counts at, and the method's `state`."""
+        numbers = {THRESHOLDS: float32([c.threshold for c in found.cuts])} if self.needs.trim is not None else {}
+        for name, value in self.state(parameters, experts, found.cuts, found.majority).items():
+            numbers[name] = float32(value)
+        return numbers
+
     def counters(self, experts: int) -> tuple[str, ...]:
-        """Names of what `merge` counts, in its order."""
+        """Names of what `merge` counts, in its order; what a trim keeps is counted by the engine.
+
+        Some names are looked for, all may be missing: `conflicts` goes into the report, `sign_sum` and `cancellations`
+        settle a majority sign (`MajoritySign`), `plain_mean` is said of a Fisher merge.
+        """
         return ()
 
     def merge(
@@ -143,6 +152,11 @@ class Method:
         raise NotImplementedError
 
 
+def is_ours(method: Method) -> bool:
+    """Whether a method's code is of this package, and covered by its tests."""
+    return type(method).__module__.startswith(f"{__name__.rpartition('.')[0]}.")
+
+
 def count(mask: Tensor) -> Tensor:
     """How many of (n,) bool are true, 0-d int32: half the accumulators of int64, and a slice is far below 2^31."""
     import torch
@@ -150,7 +164,7 @@ def count(mask: Tensor) -> Tensor:
     return mask.sum(dtype=torch.int32)
 
 
-def float32(values: float | Sequence[float]) -> np.ndarray:
+def float32(values: float | Sequence[float] | np.ndarray) -> np.ndarray:
     """Numbers of a recipe, each rounded once to float32."""
     with np.errstate(over="ignore"):
         return np.array(values, dtype=np.float64).astype(np.float32)

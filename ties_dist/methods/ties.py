@@ -18,12 +18,12 @@ from ties_dist.methods.base import (
     Cut,
     Method,
     State,
-    TrimRule,
     count,
     density,
     float32,
     total,
 )
+from ties_dist.methods.needs import TrimRule
 from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -88,9 +88,8 @@ class Ties(Method):
         counting = self.divide_by == "count"
         shares = total(np.ones_like(weights) if counting else weights)
         return {
-            "threshold": float32([c.threshold for c in cuts]),
             # Weight 0 drops an expert from vote and mean, but for peft's code, which weighs after the election: there
-            # it votes and is counted. Its threshold is counted and proven all the same.
+            # it votes and is counted.
             "keep": float32(
                 [c.keep if e["weight"] != 0 or counting else np.inf for c, e in zip(cuts, experts, strict=True)]
             ),
@@ -101,8 +100,7 @@ class Ties(Method):
         }
 
     def counters(self, experts: int) -> tuple[str, ...]:
-        per_expert = [f"{what}[{i}]" for i in range(experts) for what in ("above", "equal")]
-        return (*per_expert, "conflicts", "cancellations", "sign_sum")
+        return ("conflicts", "cancellations", "sign_sum")
 
     def merge(
         self,
@@ -114,15 +112,12 @@ class Ties(Method):
     ) -> tuple[Tensor, list[Tensor]]:
         import torch
 
-        weight, counts = state["weight"], []
-        values, votes = [], []
+        weight, values, votes = state["weight"], [], []
         positive = negative = None
 
-        # Trim (Algorithm 1, step 1), counting what proves the threshold.
+        # Trim (Algorithm 1, step 1).
         for i, delta in enumerate(operands):
-            magnitude = delta.abs()
-            counts += [count(magnitude > state["threshold"][i]), count(magnitude == state["threshold"][i])]
-            trimmed = torch.where(magnitude >= state["keep"][i], delta, 0.0)
+            trimmed = torch.where(delta.abs() >= state["keep"][i], delta, 0.0)
             values.append(trimmed * weight[i])
             votes.append(values[i] if self.weight_before_elect else trimmed)
             positive = votes[i] > 0 if positive is None else positive | (votes[i] > 0)
@@ -137,7 +132,7 @@ class Ties(Method):
             for vote in votes:
                 mass = mass + (torch.sign(vote) if self.elect == "count" else vote)
         sign = torch.where(mass > 0, 1.0, torch.where(mass < 0, -1.0, state["zero_sign"]))
-        counts += [
+        counts = [
             count(positive & negative),
             count((mass == 0) & (positive | negative)),
             count(mass > 0) - count(mass < 0),

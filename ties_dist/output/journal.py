@@ -8,6 +8,7 @@ a range on the disk.
 from __future__ import annotations
 
 import json
+import logging
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,23 @@ from ties_dist.storage.place import Place
 from ties_dist.thresholds import Cuts, ModelCut, TensorCut, Threshold
 from ties_dist.values.items import MergeResult, Range, WorkItem
 
+logger = logging.getLogger(__name__)
+
 _BEFORE, _BEHIND = "journal-", ".jsonl"
 """Of a token, in the name of a journal."""
 
 
 @dataclass
 class Journal:
-    """Appends to the file of one driver in the folder of a run; `commit` makes what was added durable."""
+    """Appends to the file of one driver in the folder of a run; `commit` makes what was added durable.
+
+    counters: names of the numbers in a result's rows.
+    """
 
     place: Place
     run: str
     token: str
+    counters: Sequence[str]
     _pending: list[str] = field(default_factory=list)
 
     @property
@@ -43,7 +50,8 @@ class Journal:
                 "state": result.state_digest,
                 "majority": result.majority,
                 "blocks": list(result.blocks),
-                "counts": {name: list(counts) for name, counts in result.counts.items()},
+                "counters": list(self.counters),
+                "counts": {name: list(row) for name, row in result.counts.items()},
                 "dependent": result.dependent,
             },
         )
@@ -73,9 +81,10 @@ class Journal:
 
 @dataclass
 class Record:
-    """What all journals of a run say together."""
+    """What all journals of a run say together. unreadable: merged ranges whose counts are of other counters."""
 
     merged: list[MergeResult] = field(default_factory=list)
+    unreadable: int = 0
     cuts: dict[str, Cuts] = field(default_factory=dict)
     thresholds: tuple[ModelCut, ...] | None = None
     publishing: bool = False
@@ -106,9 +115,11 @@ def _unpacked(packed: Sequence[Any]) -> tuple[ModelCut, ...]:
     return tuple(ModelCut(Threshold(*threshold), tensor, before) for threshold, tensor, before in packed)
 
 
-def read_journals(place: Place, run: str) -> Record:
+def read_journals(place: Place, run: str, counters: Sequence[str] | None = None) -> Record:
     """All facts of all journals of a run; torn or damaged lines are passed over.
 
+    counters: of the plan, as of `Journal`: a range that another version counted differently is passed over, too, and is
+    merged again. None: for those who want ranges only.
     Raises FileNotFoundError where a journal vanishes meanwhile, as when its merge is published.
     """
     record = Record()
@@ -121,12 +132,20 @@ def read_journals(place: Place, run: str) -> Record:
             checksum, _, text = line.partition(b" ")
             if digest(text)[:16].encode() != checksum:
                 continue
-            _take(record, json.loads(text))
+            _take(record, json.loads(text), counters)
+    if record.unreadable:
+        logger.warning(
+            "%d merged ranges in the journal have the counts of another version: they are merged again, with the same "
+            "thresholds",
+            record.unreadable,
+        )
     return record
 
 
-def _take(record: Record, fact: dict[str, object]) -> None:
+def _take(record: Record, fact: dict[str, Any], counters: Sequence[str] | None) -> None:
     match fact:
+        case {"kind": "merged"} if counters is not None and not _counted_by(fact, counters):
+            record.unreadable += 1
         case {"kind": "merged"}:
             record.merged.append(_result(fact))
         case {"kind": "cuts", "tensor": str(tensor), "cuts": list(cuts)}:
@@ -135,6 +154,17 @@ def _take(record: Record, fact: dict[str, object]) -> None:
             record.thresholds = _unpacked(cuts)
         case {"kind": "publishing"}:
             record.publishing = True
+
+
+def _counted_by(fact: Mapping[str, Any], counters: Sequence[str]) -> bool:
+    """Whether the rows of a line are of these counters.
+
+    Version 0.1.0 named none. It had today's order but where a method from elsewhere trims: those rows were two numbers
+    an expert shorter.
+    """
+    if "counters" in fact:
+        return bool(list(counters) == fact["counters"])
+    return all(len(row) == len(counters) for row in fact["counts"].values())
 
 
 def _ranges(values: Mapping[str, Any]) -> tuple[Range, ...]:

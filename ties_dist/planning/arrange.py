@@ -71,7 +71,7 @@ def arrange(recipe: Recipe, method: Method, opened: Sequence[Checkpoint], identi
         for catalogue, reference, identity in zip(opened, models_of(recipe), identities, strict=True)
     )
     rest = others[count:]
-    grams = rest[len(rest) - count :] if method.statistics == "gram" else []
+    grams = rest[len(rest) - count :] if method.needs.statistics == "gram" else []
     return Inputs(
         base=base,
         experts=tuple(others[:count]),
@@ -100,9 +100,9 @@ def _statistics(recipe: Recipe, method: Method, identities: Sequence[str]) -> li
     """
     stores, problems = [], []
     for expert, identity in zip(recipe.experts, identities, strict=False):
-        if expert.statistics is not None and method.statistics is not None:
+        if expert.statistics is not None and method.needs.statistics is not None:
             stores.append(store := ExpertStatistics.open(expert.statistics.path))
-            if problem := store.check(method.statistics, identity, name=expert.model.text):
+            if problem := store.check(method.needs.statistics, identity, name=expert.model.text):
                 problems.append(problem)
     if problems:
         raise CheckpointError(listing("statistics that are not of these models:", problems))

@@ -12,10 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import xxhash
+
 from ties_dist.dtypes import ITEM_BYTES
 from ties_dist.methods.base import Method
+from ties_dist.methods.needs import Needs
 from ties_dist.planning.layout import Layout, TensorSpec
 from ties_dist.storage.digests import digest
+from ties_dist.values.counters import Counters
 from ties_dist.values.inputs import Input
 from ties_dist.values.items import Portion, Range, WorkItem
 from ties_dist.values.numbers import TensorNumbers
@@ -125,12 +129,19 @@ class MergePlan:
         return read + sum(4 * len(self.grams) * matrix.inputs**2 for matrix in self.matrices.values())
 
     @cached_property
-    def counter_names(self) -> tuple[str, ...]:
-        """What is counted per tensor: non-finite entries of each operand and of the output, the method's own, kept."""
-        n = len(self.experts)
-        kept = tuple(f"{k}[{i}]" for i in range(n) for k in ("kept", "kept_nonzero")) if self.method.trim else ()
-        operands = tuple(f"nonfinite[{i}]" for i in range(len(self.operands)))
-        return (*operands, "nonfinite_out", *self.method.counters(n), *kept)
+    def needs(self) -> Needs:
+        """What has to be found for the merge."""
+        return self.method.needs
+
+    @cached_property
+    def counters(self) -> Counters:
+        """What is counted of each tensor."""
+        count = len(self.experts)
+        return Counters(
+            operands=len(self.operands),
+            trimmed=count if self.needs.trim is not None else 0,
+            own=tuple(self.method.counters(count)),
+        )
 
     @property
     def is_16_bit(self) -> bool:
@@ -141,7 +152,7 @@ class MergePlan:
     @property
     def reread_bytes(self) -> int | None:
         """What is read between the first and the second read of a byte; None where one read is likely to do."""
-        trim = self.method.trim
+        trim = self.needs.trim
         if trim is None:
             return None
         if trim.scope == "tensor":
@@ -152,6 +163,13 @@ class MergePlan:
     def density(self, expert: int) -> float:
         """An expert's density, where the trim's scope is the model and so one holds for all tensors."""
         return self.numbers[self.counted[0].source].experts[expert]["density"]
+
+    def parameters_of(self, tensor: str) -> dict[str, float]:
+        """The recipe's global numbers for a tensor; of a random method with one that stands for the tensor."""
+        parameters = dict(self.numbers[tensor].parameters)
+        if self.method.is_random:
+            parameters["tensor"] = float(xxhash.xxh32_intdigest(tensor.encode()))
+        return parameters
 
     def items(self, done: Iterable[WorkItem] = ()) -> Iterator[WorkItem]:
         """Work that covers every byte of the output that none of `done` covers, whatever its size, in file order."""

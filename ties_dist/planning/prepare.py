@@ -18,6 +18,7 @@ from ties_dist.inputs.opening import compare_bytes, open_all, stamp_inputs
 from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
+from ties_dist.planning.admission import admit
 from ties_dist.planning.arrange import Inputs, arrange, models_of
 from ties_dist.planning.layout import Layout, TensorSpec, lay_out
 from ties_dist.planning.memory import fit
@@ -94,7 +95,7 @@ def assemble(
     inputs = arrange(recipe, method, opened, identities)
     merge_set = _compare(recipe, method, inputs)
     layout = _lay_out(recipe, merge_set, inputs, max_shard_bytes)
-    matrices = _matrices(layout.tensors, inputs.stores) if method.statistics == "gram" else {}
+    matrices = _matrices(layout.tensors, inputs.stores) if method.needs.statistics == "gram" else {}
     memory = fit(method, layout, [each.input for each in inputs.alike], matrices, resources)
     plan = MergePlan(
         method=method,
@@ -173,6 +174,7 @@ def _notes(recipe: Recipe, plan: MergePlan, inputs: Inputs, merge_set: MergeSet)
     yield from merge_set.notes
     yield from _equal_inputs(plan)
     yield from _whole(plan)
+    yield from admit(plan)
 
 
 def _matrices(specs: Sequence[TensorSpec], stores: Sequence[ExpertStatistics]) -> dict[str, Matrix]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.digests import digest
 from ties_dist.thresholds import Cuts
+from ties_dist.values.counters import Row
 
 UNITS_AROUND = 4
 """Items in memory, being read ahead (2) and written behind (2) those that are computed, one per thread."""
@@ -78,15 +79,15 @@ class MergeTask:
 class MergeResult:
     """An item whose bytes are written, not yet durable.
 
-    blocks: digest of each 1 MiB block that the item covers, range after range. counts: per source tensor, in the order
-    of `MergePlan.counter_names`. dependent: entries that depend on the majority sign; sign_sum: of elected signs.
+    blocks: digest of each 1 MiB block that the item covers, range after range. counts: a row per source
+    tensor (`Counters`). dependent: entries that depend on the majority sign; sign_sum: of elected signs.
     """
 
     item: WorkItem
     state_digest: str
     majority: int
     blocks: tuple[str, ...]
-    counts: Mapping[str, tuple[int, ...]]
+    counts: Mapping[str, Row]
     dependent: int
     sign_sum: int = 0
 

@@ -180,7 +180,7 @@ class Counter:
         Reads the tensor in slices: coarse counts, then fine counts of the buckets that hold the ranks, then, where
         ties are cut, the position of the cut. Reads after the first come from the page cache.
         """
-        rule = self.plan.method.trim
+        rule = self.plan.needs.trim
         assert rule is not None
         densities = [numbers["density"] for numbers in self.plan.numbers[tensor].experts]
         ranks = [rule.rank(numel, density) if numel else None for density in densities]

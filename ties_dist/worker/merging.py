@@ -15,19 +15,19 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
 from ties_dist.checkpoints.forms.plain import Stored
 from ties_dist.compiler.kernel import KernelKind, MergeKernel
 from ties_dist.compiler.native import KernelStore
 from ties_dist.compiler.slices import Slice, sliced, stored
 from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, TYPES, DType
-from ties_dist.methods.base import Cut, State
+from ties_dist.methods.base import Cut, Found, State
 from ties_dist.planning.layout import Segment, TensorSpec
 from ties_dist.storage.base import Writer
 from ties_dist.storage.buffers import Buffers
 from ties_dist.storage.digests import block_digests
 from ties_dist.thresholds import Cuts, from_bits, split_points
+from ties_dist.values.counters import Row, added
 from ties_dist.values.items import MergeResult, MergeTask, WorkItem, output_files
 from ties_dist.values.views import Encoded, Operand
 from ties_dist.worker.counting import Counter
@@ -63,7 +63,7 @@ class Worker(Counter):
             types = self._types(tensor.source)
             if (*types, TYPES[tensor.dtype]) not in done:
                 done.add((*types, TYPES[tensor.dtype]))
-                cuts = ((0.0, 0.0),) * (len(self.plan.experts) if self.plan.method.trim else 0)
+                cuts = ((0.0, 0.0),) * (len(self.plan.experts) if self.plan.needs.trim else 0)
                 self.kernel.prepare(types, TYPES[tensor.dtype], self._state(*self._key(tensor.source), cuts, 1))
 
     def _types(self, tensor: str) -> tuple[DType, ...]:
@@ -76,7 +76,7 @@ class Worker(Counter):
 
         Weighted as they represent the model, but not scaled up to it: units that follow count as much per element.
         """
-        signs, sampled, at = 0.0, 0, self.plan.counter_names.index("sign_sum")
+        signs, sampled = 0.0, 0
         for (tensor, start, stop), weight in zip(slices, weights, strict=True):
             operands = [m.read(tensor, start, stop) for m in self.operands]
             written = self.base.model.views[tensor].dtype
@@ -90,7 +90,7 @@ class Worker(Counter):
                 majority=1,
                 out=memoryview(bytearray((stop - start) * ITEM_BYTES[written])),
             )
-            signs += weight * float(self.merge_parts([part])[0][at])
+            signs += weight * self.signs(*self.merge_parts([part]))
             sampled += stop - start
             for operand in operands:
                 operand.release()
@@ -100,41 +100,37 @@ class Worker(Counter):
         self, parameters: tuple[tuple[str, float], ...], experts: tuple[tuple[tuple[str, float], ...], ...],
         cuts: tuple[tuple[float, float], ...], majority: int,
     ) -> State:  # fmt: skip
-        return self.plan.method.state(
-            dict(parameters), [dict(e) for e in experts], [Cut(threshold=t, keep=k) for t, k in cuts], majority
-        )
+        found = Found(cuts=[Cut(threshold=t, keep=k) for t, k in cuts], majority=majority)
+        return self.plan.method.numbers(dict(parameters), [dict(e) for e in experts], found)
 
     def _key(
         self, tensor: str
     ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[tuple[str, float], ...], ...]]:  # fmt: skip
-        numbers = self.plan.numbers[tensor]
-        parameters = dict(numbers.parameters)
-        if self.plan.method.is_random:
-            parameters["tensor"] = float(xxhash.xxh32_intdigest(tensor.encode()))
         return (
-            tuple(sorted(parameters.items())),
-            tuple(tuple(sorted(e.items())) for e in numbers.experts),
+            tuple(sorted(self.plan.parameters_of(tensor).items())),
+            tuple(tuple(sorted(e.items())) for e in self.plan.numbers[tensor].experts),
         )
 
-    def merge_parts(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        """Merge parts of tensors, all in one call of the kernel: a GPU is asked once per unit.
-
-        Returns each part's counts, int64 in the order of `counter_names`.
-        """
+    def merge_parts(self, parts: Sequence[Part]) -> list[Row]:
+        """Merge parts of tensors, all in one call of the kernel: a GPU is asked once per unit. Returns their rows."""
+        counters = self.plan.counters
         pieces = [(part, *bounds) for part in parts for bounds in pairwise(part.bounds)]
         counted = iter(self.kernel([self._slice(*piece) for piece in pieces]))
-        totals = []
-        for part in parts:
-            total = np.zeros(len(self.plan.counter_names), dtype=np.int64)
-            for start, _ in pairwise(part.bounds):
-                counts = next(counted)
-                total[: len(counts)] += counts
-                for i, cut in enumerate(part.cuts):
-                    above, equal = counts[self._trim_offset + 2 * i], counts[self._trim_offset + 2 * i + 1]
-                    kept = above + (equal if start < cut.ties else 0)
-                    total[len(counts) + 2 * i : len(counts) + 2 * i + 2] += (kept, kept if cut.bits else above)
-            totals.append(total)
-        return totals
+        return [
+            added(counters.row(next(counted), part.cuts, start) for start, _ in pairwise(part.bounds)) for part in parts
+        ]
+
+    def dependent(self, part: Part, row: Row) -> int:
+        """Entries of a merged part that depend on the majority sign; all may, where the method does not count them."""
+        majority = self.plan.needs.majority
+        if majority is None:
+            return 0
+        return self.plan.counters.read(row).own.get(majority.dependent, part.stop - part.start)
+
+    def signs(self, row: Row) -> int:
+        """The sum of elected signs in a row, where the method asks for their majority."""
+        majority = self.plan.needs.majority
+        return self.plan.counters.read(row).own[majority.signs] if majority is not None else 0
 
     def _slice(self, part: Part, start: int, stop: int) -> Slice:
         """Elements [start, stop) of a part, which lie wholly on one side of each cut of ties."""
@@ -150,10 +146,6 @@ class Worker(Counter):
             out=part.out[low * item : high * item],
             out_type=out_type,
         )
-
-    @cached_property
-    def _trim_offset(self) -> int:
-        return len(self.operands) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +186,8 @@ class Loaded:
                 operand.release()
 
 
-Computed = tuple[np.ndarray, dict[str, tuple[int, ...]], int]
-"""A unit's bytes in a reused buffer, its counts, and how many entries depend on the majority sign."""
+Computed = tuple[np.ndarray, dict[str, Row], int]
+"""A unit's bytes in a reused buffer, its rows by tensor, and how many entries depend on the majority sign."""
 
 
 @dataclass
@@ -220,11 +212,6 @@ class MergeStep:
     def sync(self, results: Sequence[MergeResult]) -> None:
         """Make what these results say durable."""
         self.writer.sync(output_files(result.item for result in results))
-
-    @cached_property
-    def sign_counter(self) -> int | None:
-        names = self.worker.plan.counter_names
-        return names.index("sign_sum") if "sign_sum" in names else None
 
     def load(self, task: MergeTask) -> Loaded:
         segments = self.worker.segments(task.item)
@@ -253,33 +240,19 @@ class MergeStep:
         buffer = self.buffers.take(item.nbytes)
         out = buffer.data[: item.nbytes]
         self._write_headers(item, out)
-        counts: dict[str, tuple[int, ...]] = {}
-        merged: list[Segment] = []
-        parts: list[Part] = []
+        merged: list[tuple[Segment, Part]] = []
         for (segment, at), operands in zip(worker.plan.layout.placed(item), loaded.operands, strict=True):
             place = out[at : at + segment.nbytes]
-            if not segment.tensor.merged or self.is_solved(segment.tensor):
+            if segment.tensor.merged and not self.is_solved(segment.tensor):
+                merged.append((segment, _part(task, segment, operands, place)))
+            else:
                 place[:] = stored(operands[0])
-                continue
-            merged.append(segment)
-            parts.append(
-                Part(
-                    tensor=segment.tensor.source,
-                    written=segment.tensor.dtype,
-                    start=segment.start,
-                    stop=segment.stop,
-                    contents=[operand.content for operand in operands],
-                    cuts=task.cuts.get(segment.tensor.source, ()),
-                    majority=task.majority,
-                    out=place,
-                )
-            )
+        counts: dict[str, Row] = {}
         dependent = 0
-        for segment, found in zip(merged, worker.merge_parts(parts), strict=True):
-            if worker.plan.method.asks_majority:
-                dependent += int(found[worker.plan.counter_names.index("cancellations")])
+        for (segment, part), row in zip(merged, worker.merge_parts([part for _, part in merged]), strict=True):
+            dependent += worker.dependent(part, row)
             if segment.tensor.counted:  # an alias is written again, but counted once
-                counts[segment.tensor.source] = tuple(int(c) for c in found)
+                counts[part.tensor] = added([counts[part.tensor], row]) if part.tensor in counts else row
         loaded.release()
         return buffer, counts, dependent
 
@@ -307,5 +280,19 @@ class MergeStep:
             blocks=tuple(blocks),
             counts=counts,
             dependent=dependent,
-            sign_sum=sum(c[self.sign_counter] for c in counts.values()) if self.sign_counter is not None else 0,
+            sign_sum=sum(map(self.worker.signs, counts.values())),
         )
+
+
+def _part(task: MergeTask, segment: Segment, operands: Sequence[Operand], place: memoryview) -> Part:
+    """What of a task is to be merged from these operands, into `place`."""
+    return Part(
+        tensor=segment.tensor.source,
+        written=segment.tensor.dtype,
+        start=segment.start,
+        stop=segment.stop,
+        contents=[operand.content for operand in operands],
+        cuts=task.cuts.get(segment.tensor.source, ()),
+        majority=task.majority,
+        out=place,
+    )

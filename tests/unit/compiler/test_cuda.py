@@ -34,7 +34,7 @@ from ties_dist.compiler.slices import Slice
 from ties_dist.compiler.trace import trace
 from ties_dist.dtypes import DType
 from ties_dist.errors import PlanError
-from ties_dist.methods import Cut, Linear, Method, TaskArithmetic, Ties
+from ties_dist.methods import Cut, Found, Linear, Method, TaskArithmetic, Ties
 
 DTYPES: list[DType] = ["bfloat16", "float16", "float32"]
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -42,8 +42,8 @@ METHODS: list[Method] = [Ties(), Ties(elect="count", aggregate="max"), TaskArith
 
 
 def loop_of(method: Method, dtype: DType, experts: int = 3) -> Loop:
-    cuts = [Cut(threshold=0.5, keep=0.5)] * (experts if method.trim else 0)
-    state = method.state({"lambda": 1.0}, [{"weight": 1.0}] * experts, cuts, 1)
+    cuts = [Cut(threshold=0.5, keep=0.5)] * (experts if method.needs.trim else 0)
+    state = method.numbers({"lambda": 1.0}, [{"weight": 1.0}] * experts, Found(cuts=cuts, majority=1))
     operands = experts + (method.operand == "delta")
     return trace(fuse(method, experts, dtype), [dtype] * operands, {n: np.shape(v) for n, v in state.items()})
 
@@ -195,7 +195,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 def slices_of(sizes: list[int], dtype: DType, seed: int = 0) -> list[Slice]:
     draw = np.random.default_rng(seed)
-    state = Ties().state({"lambda": 1.0}, [{"weight": 1.0}] * 2, [Cut(threshold=0.5, keep=0.5)] * 2, 1)
+    state = Ties().numbers(
+        {"lambda": 1.0}, [{"weight": 1.0}] * 2, Found(cuts=[Cut(threshold=0.5, keep=0.5)] * 2, majority=1)
+    )
     slices = []
     for n in sizes:
         numbers = torch.from_numpy(draw.standard_normal((3, n)).astype(np.float32))

@@ -22,6 +22,8 @@ from ties_dist.values.items import MergeResult, MergeTask, Range, WorkItem
 CUTS = (TensorCut(0x3A83126F, 7), TensorCut(0, 40))
 THRESHOLDS = (ModelCut(Threshold(0x3A83126F, 11, 3), "layers.1.weight", 5), ModelCut(KEEP_ALL), ModelCut(KEEP_NONE))
 
+COUNTERS = ("nonfinite[0]", "nonfinite_out", "sign_sum")
+
 
 def result(start: int, stop: int, *, shard: str = "a", state: str = "s", block: str = "b") -> MergeResult:
     """start, stop: in MiB."""
@@ -36,7 +38,7 @@ def result(start: int, stop: int, *, shard: str = "a", state: str = "s", block: 
 
 
 def journal(folder: Path, token: str = "0", *results: MergeResult) -> Journal:
-    opened = Journal(LocalPlace(folder.parent), folder.name, token)
+    opened = Journal(LocalPlace(folder.parent), folder.name, token, COUNTERS)
     for each in results:
         opened.merged(each)
     opened.commit()
@@ -71,7 +73,7 @@ def test_a_folder_without_journals_says_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_is_on_the_disk_before_the_commit(tmp_path: Path) -> None:
-    opened = Journal(LocalPlace(tmp_path.parent), tmp_path.name, "0")
+    opened = Journal(LocalPlace(tmp_path.parent), tmp_path.name, "0", COUNTERS)
     opened.merged(result(0, 1))
     assert os.listdir(tmp_path) == []
     opened.commit()
@@ -131,7 +133,7 @@ def test_a_damaged_byte_costs_at_most_the_lines_it_touches(
 
 
 def test_facts_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
-    opened = Journal(LocalPlace(tmp_path.parent), tmp_path.name, "0")
+    opened = Journal(LocalPlace(tmp_path.parent), tmp_path.name, "0", COUNTERS)
     opened._add("sung", {"verse": 3})
     opened.merged(result(0, 1))
     opened.commit()
@@ -255,3 +257,28 @@ def test_a_line_of_an_earlier_version_names_its_only_range_without_a_list(tmp_pa
     )
     (tmp_path / "journal-0.jsonl").write_text(f"{digest(text.encode())[:16]} {text}\n")
     assert journals_of(tmp_path).merged[0].item == WorkItem((Range("a", 0, 1 << 20),))
+
+
+def test_ranges_that_another_version_counted_are_merged_again_with_the_same_thresholds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Journal(LocalPlace(tmp_path.parent), tmp_path.name, "0", ("nonfinite_out", "nonfinite[0]", "sign_sum"))
+    other.merged(result(0, 1))
+    other.thresholds(THRESHOLDS)
+    other.commit()
+    journal(tmp_path, "1", result(1, 2))
+    assert journals_of(tmp_path, COUNTERS) == Record(merged=[result(1, 2)], unreadable=1, thresholds=THRESHOLDS)
+    assert "1 merged ranges in the journal have the counts of another version: they are merged again" in caplog.text
+    assert len(journals_of(tmp_path).merged) == 2  # for those who only want to know what is on the disk
+
+
+@pytest.mark.parametrize(("row", "taken"), [("[1,2,3]", 1), ("[1]", 0), ("[1,2,3,4,5]", 0)])
+def test_rows_of_an_earlier_version_are_taken_where_they_have_as_many_numbers(
+    row: str, taken: int, tmp_path: Path
+) -> None:
+    text = (
+        '{"kind":"merged","shard":"a","start":0,"stop":1048576,"state":"s","majority":1,"blocks":["x"],'
+        f'"counts":{{"w":{row}}},"dependent":0}}'
+    )
+    (tmp_path / "journal-0.jsonl").write_text(f"{digest(text.encode())[:16]} {text}\n")
+    assert len(journals_of(tmp_path, COUNTERS).merged) == taken

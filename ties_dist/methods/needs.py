@@ -1,0 +1,103 @@
+"""What a method needs: stages, each a pass over all elements that asks for numbers which those behind it are given.
+
+The engine, the plan and the workers look at this and at nothing else of a method to know what has to be done; a new
+kind of number is a new ask of a stage. A method says it in short (`trim`, `asks_majority`, `statistics` in base.py) or
+gives `needs` itself. The last stage merges; a method that asks for nothing is that one function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimRule:
+    """Asks for an exact order statistic of every expert's |delta|, and says which entries it keeps."""
+
+    scope: Literal["model", "tensor"]
+    tie_policy: Literal["keep_all", "exact_k"]
+    at_least: int = 0
+    """mergekit keeps at least one entry of every tensor."""
+
+    def kept(self, numel: int, density: float) -> int:
+        """k: entries to keep of `numel`, int(numel * density) in float64 as the published codes compute it."""
+        return min(numel, max(self.at_least, int(numel * density)))
+
+    def rank(self, numel: int, density: float) -> int | None:
+        """1-based rank, from the largest, of the threshold among `numel` magnitudes.
+
+        None: no threshold, everything is kept. 0: nothing is kept. keep_all takes the (d-k)-th smallest, which is
+        the (k+1)-th largest: without ties k+1 entries survive, as in the published `kthvalue(d - k)`, `>=`.
+        """
+        k = self.kept(numel, density)
+        if k >= numel:
+            return None
+        return k + 1 if self.tie_policy == "keep_all" else k
+
+
+@dataclass(frozen=True, kw_only=True)
+class MajoritySign:
+    """Asks for the sign of a sum over the whole model of what the merge itself counts.
+
+    The engine merges with a guess of it, and again what depends on it where the guess was wrong. signs: the method's
+    counter that is summed. dependent: its counter of entries that a wrong guess changes; without it all may be.
+    """
+
+    signs: str = "sign_sum"
+    dependent: str = "cancellations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataStatistics:
+    """Asks for what was collected of each expert on its own data (`ties-dist collect`).
+
+    Fisher diagonals come to `merge`, as extras; Gram matrices to `solve`, which merges such a tensor whole.
+    """
+
+    kind: Literal["fisher", "gram"]
+
+
+Ask = TrimRule | MajoritySign | DataStatistics
+A = TypeVar("A", bound=Ask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One elementwise function over all elements, and what is asked for it or of it.
+
+    of: `magnitudes`, each expert's |delta| by itself, which a trim ranks; `merge`, the method's own function.
+    """
+
+    of: Literal["magnitudes", "merge"]
+    asks: tuple[Ask, ...] = ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The stages of a method, in order. Raises ValueError where the last one does not merge."""
+
+    stages: tuple[Stage, ...] = (Stage(of="merge"),)
+
+    def __post_init__(self) -> None:
+        if [stage.of for stage in self.stages].count("merge") != 1 or self.stages[-1].of != "merge":
+            raise ValueError("the last stage of a method merges, and no other")
+        for stage in self.stages:
+            if any(isinstance(ask, TrimRule) != (stage.of == "magnitudes") for ask in stage.asks):
+                raise ValueError("a TrimRule is asked of `magnitudes`, everything else of `merge`")
+
+    @property
+    def trim(self) -> TrimRule | None:
+        return self._asked(TrimRule)
+
+    @property
+    def majority(self) -> MajoritySign | None:
+        return self._asked(MajoritySign)
+
+    @property
+    def statistics(self) -> Literal["fisher", "gram"] | None:
+        asked = self._asked(DataStatistics)
+        return asked.kind if asked else None
+
+    def _asked(self, kind: type[A]) -> A | None:
+        return next((ask for stage in self.stages for ask in stage.asks if isinstance(ask, kind)), None)
