@@ -47,7 +47,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
     return Outcome(status=int(str(ended.value)), out=out, err=err)
 
 
-def start(*arguments: object, code: str = "") -> subprocess.Popen[str]:
+def start(*arguments: object, code: str = "", env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start `ties-dist` as a process of its own, after some `code` that may bend it."""
     program = f"{code}\nfrom ties_dist.cli.commands import main\nmain()\n"
     return subprocess.Popen(
@@ -55,6 +55,7 @@ def start(*arguments: object, code: str = "") -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=env,
     )
 
 

@@ -64,7 +64,7 @@ def run(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_ties_equals_eager_bit_for_bit(dtype: DType, tmp_path: Path) -> None:
-    method, lanes = Ties(), processor()[2]
+    method, lanes = Ties(), processor().lanes
     store = KernelStore(tmp_path)
     cuts = [Cut(threshold=0.25, keep=0.25), Cut(threshold=0.5, keep=0.5000001), Cut(threshold=0.0, keep=1e-45)]
     for n in (0, 1, 2, lanes - 1, lanes, lanes + 1, 4095, 100_003):

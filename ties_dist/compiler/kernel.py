@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from ties_dist.compiler.loop import Loop
-from ties_dist.compiler.native import KernelStore, NativeKernel, compile_loop, load, runs_here
+from ties_dist.compiler.native import KernelStore, NativeKernel, compile_loop, load, processor, runs_here
 from ties_dist.compiler.slices import Slice, flat
 from ties_dist.dtypes import LOOP_BYTES, DType
 from ties_dist.errors import PlanError, RecipeError
@@ -62,6 +62,11 @@ class MergeKernel:
     _on_gpus: dict[tuple[DType, ...], tuple[str, int]] = field(default_factory=dict)
     _fused: dict[DType, Fused] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def processor(self) -> str:
+        """What loops are compiled for."""
+        return str(processor()) if self.kind == "compiled" else ""
 
     @property
     def kind(self) -> Literal["compiled", "eager", "cuda"]:

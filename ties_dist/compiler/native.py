@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -73,19 +73,38 @@ def address(content: memoryview) -> int:
     return int(np.frombuffer(content, dtype=np.uint8).__array_interface__["data"][0])
 
 
+class Processor(NamedTuple):
+    """What loops are compiled for. lanes: float32 that it computes at once."""
+
+    name: str
+    features: str
+    lanes: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.lanes} float32 at once"
+
+
+LEVELS = {"x86-64-v3": ("+avx2", "+f16c"), "x86-64-v4": ("+avx512f", "+avx2", "+f16c")}
+"""What the names of x86 levels stand for, as far as it matters here."""
+
+
 @lru_cache(maxsize=1)
-def processor() -> tuple[str, str, int]:
-    """Name and features of this processor, and how many float32 it computes at once."""
+def processor() -> Processor:
+    """This one; or, as numba has it, what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name: a fleet of mixed machines may
+    share its kept loops then."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features()
-    lanes = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
-    return llvm.get_host_cpu_name(), features.flatten(), lanes
+    host = llvm.get_host_cpu_name()
+    name, features = os.environ.get("NUMBA_CPU_NAME") or host, os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = llvm.get_host_cpu_features().flatten() if name == host else ",".join(LEVELS.get(name, ()))
+    has = features.split(",")
+    return Processor(name, features, 16 if "+avx512f" in has else 8 if "+avx2" in has else 4)
 
 
 def runs_here(types: Sequence[DType]) -> bool:
-    """Whether this processor can do it all: without F16C, float16 needs functions that are not there."""
-    features = processor()[1]
+    """Whether the processor can do it all: without F16C, float16 needs functions that are not there."""
+    features = processor().features
     return "float16" not in types or "x86" not in llvm.get_process_triple() or "+f16c" in features.split(",")
 
 
@@ -99,7 +118,7 @@ def _machine() -> Any:
 
 def compile_loop(loop: Loop) -> bytes:
     """The object file of a loop for this processor: about 0.1 s."""
-    machine, lanes = _machine(), processor()[2]
+    machine, lanes = _machine(), processor().lanes
     module = llvm.parse_assembly(
         emit(loop, Target(triple=llvm.get_process_triple(), layout=str(machine.target_data), lanes=lanes))
     )

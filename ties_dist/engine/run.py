@@ -242,6 +242,7 @@ def _report(job: Job, passes: Passes, blocks: Mapping[str, Sequence[str]], secon
         resumed_units=passes.resumed,
         redone_units=passes.redone,
         kernel=passes.worker.kernel.kind,
+        processor=passes.worker.kernel.processor,
         executor=passes.executor.name,
         thresholds_from=passes.thresholds_from,
         mispredicted=passes.mispredicted,

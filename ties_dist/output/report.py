@@ -63,6 +63,8 @@ class MergeReport:
     phases: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, float | list[float]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    processor: str = ""
+    """What the driver's loops were compiled for."""
     already_done: bool = False
     version: int = VERSION
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import llvmlite.binding as llvm
-
 from ties_dist.compiler.native import processor
 from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.inputs.opening import files_of, open_input
@@ -51,9 +49,8 @@ def machine(resources: Resources, gpus: int, problems: Sequence[str] = ()) -> Ma
     """This one, for what has to be the same on all of them."""
     if gpus:
         return Machine(kind="cuda", text=f"{gpus} GPUs", problems=tuple(problems))
-    _, _, lanes = processor()
-    kernel = "eager" if resources.kernel == "eager" else f"compiled for {llvm.get_host_cpu_name()}"
-    text = f"{resources.thread_count} threads, kernel {kernel} ({lanes} float32 at once)"
+    kernel = "eager" if resources.kernel == "eager" else f"compiled for {processor()}"
+    text = f"{resources.thread_count} threads, kernel {kernel}"
     return Machine(kind=platform.machine(), text=text, problems=tuple(problems))
 
 
