@@ -20,8 +20,8 @@ import ties_dist
 from tests.conftest import random_models, write_checkpoint, write_job
 from tests.integration import test_statistics_methods as statistics
 from tests.integration.command import SHAPES
+from ties_dist.cli.bars import BarProgress
 from ties_dist.cli.commands import main
-from ties_dist.cli.tables import BarProgress
 from ties_dist.errors import OutputError
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -196,7 +196,7 @@ def test_a_second_ctrl_c_leaves_a_cursor(command: Callable[[str], list[str]]) ->
     code = (
         "import os, signal\n"
         "from ties_dist.cli.commands import main\n"
-        "from ties_dist.cli.tables import BarProgress\n"
+        "from ties_dist.cli.bars import BarProgress\n"
         "def advance(self, done_bytes):\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
         "BarProgress.advance = advance\n"

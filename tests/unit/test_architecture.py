@@ -38,7 +38,7 @@ MAY_IMPORT = {
 }
 """Who may name what costs seconds to import, or a place to run."""
 
-DEEPEST = 18
+DEEPEST = 16
 LONGEST_MODULE = 460
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ties_dist.analysis.figures import Analysis, Group, MeanMagnitudes
@@ -27,34 +24,6 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 200
 """Columns where there is no terminal to ask: rich would take 80 and cut names and numbers short."""
-
-
-@dataclass
-class BarProgress:
-    """One bar a phase, in bytes, with rate and time left; on stderr."""
-
-    _bars: Bars | None = field(default=None)
-
-    def begin(self, phase: str, total_bytes: int) -> None:
-        columns = (
-            TextColumn(f"{phase:<7}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        self._bars = Bars(*columns, console=Console(stderr=True))
-        self._bars.start()
-        self._task = self._bars.add_task(phase, total=total_bytes)
-
-    def advance(self, done_bytes: int) -> None:
-        if self._bars is not None:
-            self._bars.advance(self._task, done_bytes)
-
-    def end(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
 
 
 def _console() -> Console:

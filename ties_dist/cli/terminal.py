@@ -96,7 +96,7 @@ def progress(quiet: bool) -> Progress:
 
     if quiet or not sys.stderr.isatty():
         return LogProgress()
-    from ties_dist.cli.tables import BarProgress
+    from ties_dist.cli.bars import BarProgress
 
     logging.getLogger("ties_dist.progress").setLevel(logging.WARNING)
     return BarProgress()

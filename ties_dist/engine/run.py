@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ties_dist.engine.passes import Passes
-from ties_dist.engine.totals import describe
+from ties_dist.engine.reporting import describe
 from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError
 from ties_dist.executors.base import Executor
 from ties_dist.inputs.opening import files_beside, stamp_inputs
