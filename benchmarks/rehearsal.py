@@ -35,7 +35,7 @@ from benchmarks.shapes import INDEX, SHAPES, Shape, assign_shards, header, index
 from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.checkpoints.catalogue import open_checkpoint
 from ties_dist.checkpoints.parameters import OpenFiles
-from ties_dist.cli.commands import SIZE
+from ties_dist.cli.options import size
 from ties_dist.compiler.native import KernelStore
 from ties_dist.engine.passes import Forgetful, Passes
 from ties_dist.errors import CheckpointError, OutputError
@@ -427,7 +427,7 @@ def main() -> None:
     if options.tensors:
         tensors = {f"layers.{i}.weight": (TENSOR_SIDE, TENSOR_SIDE) for i in range(options.tensors)}
         shard_bytes = TENSOR_SHARD_BYTES
-    resources = Resources(threads=options.threads, memory_budget=SIZE.convert(options.memory_budget, None, None))
+    resources = Resources(threads=options.threads, memory_budget=size(options.memory_budget))
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         stage = Stage(
             folder=Path(folder),

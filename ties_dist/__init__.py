@@ -28,11 +28,12 @@ from ties_dist.errors import (
 if TYPE_CHECKING:
     from ties_dist.analysis.analyzing import analyze
     from ties_dist.analysis.figures import Analysis
-    from ties_dist.api import PlanReport, merge, plan
+    from ties_dist.api import merge, plan
     from ties_dist.collecting.collect import collect
-    from ties_dist.executors.base import Cluster
+    from ties_dist.engine.forecast import PlanReport
     from ties_dist.in_memory import merge_state_dicts
     from ties_dist.output.report import MergeReport
+    from ties_dist.planning.options import Cluster
     from ties_dist.recipe.recipe import Recipe, load_recipe
     from ties_dist.statistics.collected import ExpertStatistics
     from ties_dist.sweeping.sweeping import sweep
@@ -42,14 +43,14 @@ __version__ = "0.1.0"
 _WHERE = {
     "Analysis": "analysis.figures",
     "analyze": "analysis.analyzing",
-    "Cluster": "executors.base",
+    "Cluster": "planning.options",
     "ExpertStatistics": "statistics.collected",
     "collect": "collecting.collect",
     "merge": "api",
     "merge_state_dicts": "in_memory",
     "plan": "api",
     "sweep": "sweeping.sweeping",
-    "PlanReport": "api",
+    "PlanReport": "engine.forecast",
     "MergeReport": "output.report",
     "Recipe": "recipe.recipe",
     "load_recipe": "recipe.recipe",

@@ -3,94 +3,43 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
-import numpy as np
-
-from ties_dist.cache import KERNELS, cache_folder
-from ties_dist.compiler.kernel import KernelKind
+from ties_dist.engine.forecast import PlanReport, forecast
 from ties_dist.engine.run import run
-from ties_dist.executors.base import Cluster
-from ties_dist.executors.create import Device, ExecutorName, staff
-from ties_dist.inputs.opening import opener
-from ties_dist.output.folder import OutFolder
+from ties_dist.executors.create import staff
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.options import Resources
-from ties_dist.planning.plan import MergePlan
-from ties_dist.planning.prepare import Job, prepare
-from ties_dist.planning.sample import sample_slices
+from ties_dist.planning.keywords import MergeKeywords, PlanKeywords, takes
+from ties_dist.planning.options import RunOptions
+from ties_dist.planning.prepare import prepare
 from ties_dist.progress import LogProgress, Progress
+from ties_dist.recipe.document import RecipeSource, as_source
 from ties_dist.statistics.counts import StatisticsStore
-from ties_dist.storage.backends import Backend
 from ties_dist.storage.local_place import LocalPlace
-from ties_dist.storage.place import Place
-from ties_dist.thresholds import predict
-from ties_dist.values.views import read_bytes
-from ties_dist.worker.merging import Worker
-
-Recipe = Path | str | Mapping[str, object]
-"""A file, YAML text (a str of more than one line), or the document itself."""
-ThresholdPass = Literal["auto", "speculate", "scan"]
 
 
+@takes(MergeKeywords)
 def merge(
-    recipe: Recipe,
+    recipe: RecipeSource,
     out: Path | str,
     *,
-    semantics: str | None = None,
-    executor: ExecutorName = "auto",
-    cluster: Cluster | None = None,
-    threads: int | None = None,
-    memory_budget: int = 2 << 30,
-    unit_size: int | None = None,
-    device: Device = "auto",
-    read_backend: Backend = "auto",
-    max_shard_size: int | None = None,
-    cache_dir: Path | str | None = None,
-    kernel: KernelKind = "auto",
-    fresh: bool = False,
-    overwrite: bool = False,
-    wait: bool = False,
-    trust_journal: bool = False,
-    threshold_pass: ThresholdPass = "auto",
-    allow_external_methods: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     told: Callable[[Sequence[str]], None] | None = None,
+    **options: Unpack[MergeKeywords],
 ) -> MergeReport:
     """Merge the models of a recipe into the folder `out`; resumes an interrupted run of the same merge.
 
-    memory_budget, unit_size, max_shard_size: bytes. threshold_pass: whether whole-model thresholds are scanned for, or
-    taken from a sample and proven by the merge's counts; `auto` does the latter where it is likely to hold. stop: set
-    it to end after the unit at hand (StoppedError; the same call resumes). told: is given the plan's notes before the
-    work starts. device: `cuda` merges on all visible NVIDIA GPUs, with the same bytes; `auto` is `cpu`, since reading
-    bounds a merge. executor: `ray` merges on a Ray cluster, `cluster` says on which and on what of it; memory_budget
-    and threads are per worker then. allow_external_methods: whether `merge_method: package.module:Class` may be run.
+    recipe: a file, YAML text (a str of more than one line), or the document itself. stop: set it to end after the unit
+    at hand (StoppedError; the same call resumes). told: is given the plan's notes before the work starts.
     Raises the errors of `ties_dist.errors`.
     """
-    cache = cache_folder(Path(cache_dir) if cache_dir is not None else None)
-    stop = stop or threading.Event()
-    with staff(executor, device, threads, cluster or Cluster(), stop) as hired:
-        resources = Resources(
-            threads=hired.threads,
-            memory_budget=memory_budget,
-            unit_bytes=unit_size,
-            kernel=kernel,
-            kernel_cache=cache / KERNELS,
-            gpu_slots=hired.gpu_slots,
-            backend=read_backend,
-        )
-        job = prepare(
-            _source(recipe),
-            semantics=semantics,
-            resources=resources,
-            max_shard_bytes=max_shard_size,
-            allow_external_methods=allow_external_methods,
-        )
+    chosen, stop = RunOptions(**options), stop or threading.Event()
+    with staff(chosen, stop) as hired:
+        resources = chosen.resources(threads=hired.threads, gpu_slots=hired.gpu_slots)
+        job = prepare(as_source(recipe), chosen, resources=resources)
         if told is not None:
             told(job.notes)
         return run(
@@ -98,181 +47,24 @@ def merge(
             LocalPlace(Path(out)),
             executor=hired.executor,
             progress=progress or LogProgress(),
-            store=StatisticsStore(cache),
-            fresh=fresh,
-            overwrite=overwrite,
-            wait=wait,
-            trust_journal=trust_journal,
-            speculate={"auto": None, "speculate": True, "scan": False}[threshold_pass],
+            store=StatisticsStore(chosen.cache),
+            fresh=chosen.fresh,
+            overwrite=chosen.overwrite,
+            wait=chosen.wait,
+            trust_journal=chosen.trust_journal,
+            speculate=chosen.speculate,
             stop=stop,
             gpus=hired.gpus,
         )
 
 
-def _source(recipe: Recipe) -> Recipe:
-    return Path(recipe) if isinstance(recipe, str) and "\n" not in recipe else recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Predictions from some pages of every model. thresholds, kept_fractions: per expert, whole-model trims only."""
-
-    thresholds: tuple[float | None, ...]
-    kept_fractions: tuple[float | None, ...]
-    zero_fractions: tuple[float, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanReport:
-    """What a merge will do. passes and bytes: best and worst case. disk_free_bytes, out_holds: None without an OUT."""
-
-    method: str
-    semantics: str
-    tensors: int
-    merged_tensors: int
-    elements: int
-    experts: tuple[str, ...]
-    shards: int
-    units: int
-    unit_bytes: int
-    passes: tuple[int, int]
-    read_bytes: tuple[int, int]
-    write_bytes: int
-    projected_bytes: int
-    memory_budget: int
-    threads: int
-    disk_needed_bytes: int
-    disk_free_bytes: int | None
-    out_holds: str | None
-    fingerprint: str
-    notes: tuple[str, ...]
-    sample: Sample | None = None
-
-
+@takes(PlanKeywords)
 def plan(
-    recipe: Recipe,
-    out: Path | str | None = None,
-    *,
-    semantics: str | None = None,
-    threads: int | None = None,
-    memory_budget: int = 2 << 30,
-    unit_size: int | None = None,
-    read_backend: Backend = "auto",
-    max_shard_size: int | None = None,
-    allow_external_methods: bool = False,
-    sample: bool = False,
+    recipe: RecipeSource, out: Path | str | None = None, *, sample: bool = False, **options: Unpack[PlanKeywords]
 ) -> PlanReport:
     """What `merge` would do, from headers alone; with `sample`, some pages of every model as well.
 
     Raises what `merge` would before it starts to work.
     """
-    resources = Resources(threads=threads, memory_budget=memory_budget, unit_bytes=unit_size, backend=read_backend)
-    job = prepare(
-        _source(recipe),
-        semantics=semantics,
-        resources=resources,
-        max_shard_bytes=max_shard_size,
-        allow_external_methods=allow_external_methods,
-    )
-    chosen = job.plan
-    passes = _passes(chosen)
-    return PlanReport(
-        method=chosen.method.name,
-        semantics=job.recipe.options.semantics,
-        tensors=len(chosen.tensors),
-        merged_tensors=sum(t.merged for t in chosen.tensors),
-        elements=chosen.elements,
-        experts=tuple(e.name for e in chosen.experts),
-        shards=len(chosen.layout.shards),
-        units=sum(1 for _ in chosen.items()),
-        unit_bytes=chosen.unit_bytes,
-        passes=passes,
-        read_bytes=(passes[0] * chosen.input_bytes, passes[1] * chosen.input_bytes + _guess_bytes(chosen)),
-        write_bytes=chosen.layout.total_bytes,
-        projected_bytes=chosen.projected_bytes,
-        memory_budget=chosen.memory_budget,
-        threads=chosen.threads,
-        disk_needed_bytes=chosen.layout.total_bytes + sum(m.nbytes for m in chosen.matrices.values()),
-        disk_free_bytes=None if out is None else LocalPlace(Path(out)).free(),
-        out_holds=None if out is None else _holds(LocalPlace(Path(out)), chosen),
-        fingerprint=chosen.fingerprint,
-        notes=job.notes,
-        sample=_sample(job) if sample else None,
-    )
-
-
-def _passes(chosen: MergePlan) -> tuple[int, int]:
-    """Reads of the inputs, best and worst: cached statistics save the scan, a wrong guess adds a read.
-
-    Ties that are cut are counted in another one, a wrong prediction on 16-bit models is merged once more, and units
-    with exact cancellations are read again where the majority sign was not what they assumed.
-    """
-    rule = chosen.needs.trim
-    if rule is None:
-        return 1, 1
-    extra = (rule.tie_policy == "exact_k" or chosen.is_16_bit) + (chosen.needs.majority is not None)
-    if rule.scope == "tensor":
-        return 3, 3 + extra  # all but the first from the page cache, where it has room
-    return 1, 3 + extra
-
-
-def _guess_bytes(chosen: MergePlan) -> int:
-    """Of the sample by which a whole-model scan guesses where to count finely."""
-    if chosen.needs.trim is None or chosen.needs.trim.scope == "tensor":
-        return 0
-    models = (chosen.base, *chosen.experts)
-    return sum(read_bytes(m.views[name], start, stop) for name, start, stop in sample_slices(chosen)[0] for m in models)
-
-
-def _holds(out: Place, chosen: MergePlan) -> str:
-    """Raises OutputError where OUT cannot be merged into."""
-    folder = OutFolder(place=out, fingerprint=chosen.fingerprint)
-    folder.check([model.path for model in chosen.models])
-    return folder.holds()
-
-
-def _sample(job: Job) -> Sample:
-    """Thresholds and kept shares as the sampled slices have them, and the time at the rate they were counted."""
-    chosen = job.plan
-    worker = Worker(chosen, opener(chosen.models, job.resources.backend, reread_bytes=chosen.reread_bytes))
-    rule = chosen.needs.trim
-    thresholds: list[float | None] = []
-    kept: list[float | None] = []
-    zeros: list[float] = []
-    experts = range(len(chosen.experts)) if chosen.method.operand == "delta" else []
-    magnitudes, weights = worker.sample(*sample_slices(chosen), experts)
-    for i, sampled in magnitudes.items():
-        zeros.append(float(weights[sampled == 0].sum() / weights.sum()) if sampled.size else 0.0)
-        density = job.recipe.experts[i].parameters["density"].constant if rule else None
-        rank = rule.rank(chosen.elements, density) if rule and density and rule.scope == "model" else None
-        if not rank or not sampled.size:
-            thresholds.append(None)
-            kept.append(density)
-            continue
-        found = predict(sampled, weights, rank / chosen.elements)
-        share = found.above + found.equal
-        thresholds.append(found.value)
-        kept.append(min(share, density or 1.0) if rule and rule.tie_policy == "exact_k" else share)
-    return Sample(
-        thresholds=tuple(thresholds),
-        kept_fractions=tuple(kept),
-        zero_fractions=tuple(zeros),
-        seconds=_predict_seconds(chosen, worker),
-    )
-
-
-def _predict_seconds(chosen: MergePlan, worker: Worker) -> float:
-    """Time of the likely case, at the rate one unit in the middle is read from where it lies and touched once."""
-    units = list(chosen.items())
-    unit = units[len(units) // 2]
-    began, read = time.monotonic(), worker.requested_bytes
-    for segment in worker.segments(unit):
-        for model in worker.operands if segment.tensor.merged else [worker.base]:
-            operand = model.read(segment.tensor.source, segment.start, segment.stop)
-            if isinstance(operand.content, memoryview):
-                np.frombuffer(operand.content, dtype=np.uint8).max()
-            operand.release()
-    rate = (worker.requested_bytes - read) / max(time.monotonic() - began, 1e-6)
-    likely = 1 if chosen.needs.trim is None else 2
-    return (likely * chosen.input_bytes + chosen.layout.total_bytes) / rate
+    job = prepare(as_source(recipe), RunOptions(**options))
+    return forecast(job, None if out is None else LocalPlace(Path(out)), sample=sample)

@@ -8,19 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.checkpoints.forms.known import parameters_of
 from ties_dist.checkpoints.header import TensorEntry
 from ties_dist.checkpoints.parameters import OpenFiles
-from ties_dist.compiler.kernel import KernelKind
+from ties_dist.compiler.kinds import KernelKind
 from ties_dist.compiler.native import KernelStore
 from ties_dist.dtypes import TORCH_NAMES, torch_dtype
 from ties_dist.engine.passes import Forgetful, Passes
 from ties_dist.errors import RecipeError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.methods.known import METHODS
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, assemble
 from ties_dist.progress import LogProgress
 from ties_dist.recipe.recipe import load_recipe
@@ -39,7 +38,7 @@ def merge_state_dicts(
     parameters: Mapping[str, object] | None = None,
     expert_parameters: Sequence[Mapping[str, object]] | None = None,
     elect_from: Mapping[str, Tensor] | None = None,
-    kernel: KernelKind = "auto",
+    kernel: KernelKind = RunOptions.kernel,
     threads: int | None = None,
     **options: object,
 ) -> dict[str, Tensor]:
@@ -65,14 +64,15 @@ def merge_state_dicts(
     recipe = load_recipe(document, methods=METHODS, semantics=semantics, fetch=lambda location: Path(location.text))
     parts = [base if base is not None else experts[0], *experts, *([elect_from] if elect_from is not None else [])]
     opened = [_in_memory(name, tensors) for name, tensors in zip(("base", *names, "elect_from"), parts, strict=False)]
-    job = assemble(recipe, opened, [str(i) for i in range(len(opened))], Resources(threads=threads, kernel=kernel))
+    resources = RunOptions(threads=threads, kernel=kernel).resources()
+    job = assemble(recipe, opened, [str(i) for i in range(len(opened))], resources)
     readers = {
         m.path: c.opened for m, c in zip((job.plan.base, *job.plan.experts, *job.plan.extras), opened, strict=True)
     }
     writer = MemoryWriter()
     for shard in job.plan.layout.shards:
         writer.create(shard.name, shard.size)
-    worker = Worker(job.plan, lambda model: readers[model.path], kernel, KernelStore(cache_folder(None) / KERNELS))
+    worker = Worker(job.plan, lambda model: readers[model.path], kernel, KernelStore(resources.kernel_cache))
     Passes(
         plan=job.plan,
         step=MergeStep(worker, writer),

@@ -32,7 +32,7 @@ from ties_dist.executors.base import Executor, Usage, Workplace
 from ties_dist.executors.fleet import MAX_ATTEMPTS, FleetExecutor
 from ties_dist.executors.ledger import Ledger
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import Resources, RunOptions
 from ties_dist.planning.prepare import prepare
 from ties_dist.progress import LogProgress
 from ties_dist.storage.local_place import LocalPlace
@@ -571,7 +571,7 @@ def test_lost_late_and_repeated_partials_change_nothing(
     models = random_models({"a.weight": (1024, 640), "b.weight": (1024, 640)}, experts=2)
     recipe = merge_job(models, options={"tie_policy": tie_policy})
     expected = ties_dist.merge(recipe, tmp_path / "undisturbed", cache_dir=tmp_path / "one", unit_size=1 << 20)
-    job = prepare(recipe, resources=Resources(unit_bytes=1 << 20))
+    job = prepare(recipe, RunOptions(unit_size=1 << 20))
     executor = UnreliableExecutor(LocalExecutor(2, partial_seconds=0.0))
     report = engine.run(job, LocalPlace(tmp_path / "out"), executor=executor, progress=LogProgress())
     assert report.output_digest == expected.output_digest

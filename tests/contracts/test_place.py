@@ -18,7 +18,7 @@ from ties_dist.errors import BugError, LockedError, OutputError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.output.report import MergeReport
 from ties_dist.output.status import status
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import Resources, RunOptions
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import LogProgress, Silent
 from ties_dist.storage.local_place import LocalPlace
@@ -196,7 +196,7 @@ class PlaceContract:
         assert report.resumed_units in ((2, 3) if place.reads_parts else (0,))  # what was under way was written, too
         assert self.merge(place, job()).already_done
         assert status(place, watched_seconds=0.0).state == "finished"
-        checked = verify(place, sample=1.0, progress=Silent(), resources=Resources())
+        checked = verify(place, RunOptions(), sample=1.0, progress=Silent())
         assert checked.remerged_units == checked.units == 2
 
     def merge(self, place: Place, job: Job) -> MergeReport:

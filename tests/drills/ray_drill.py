@@ -42,7 +42,7 @@ from tests.loading import version_of
 from ties_dist.cache import KERNELS
 from ties_dist.engine.verify import verify
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import RunOptions
 from ties_dist.progress import LogProgress
 from ties_dist.storage.local_place import LocalPlace
 
@@ -361,7 +361,7 @@ class OneRun:
                     run.missed.append(fault)
         try:
             report = report_of(self.out)
-            verify(LocalPlace(self.out), sample=0, progress=Quiet(), resources=Resources())
+            verify(LocalPlace(self.out), RunOptions(), sample=0, progress=Quiet())
         except Exception as error:
             run.problems.append(f"{type(error).__name__}: {error}")
             return

@@ -28,7 +28,7 @@ from tests.integration.command import finish, start
 from tests.integration.test_statistics_methods import write_recipe
 from ties_dist.errors import ClusterError, PlanError
 from ties_dist.executors import ray as ray_executor
-from ties_dist.executors.base import Cluster
+from ties_dist.planning.options import Cluster
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ties_dist.compiler.fuse import OVERFLOWS_FROM
-from ties_dist.compiler.kernel import KernelKind, MergeKernel
+from ties_dist.compiler.kernel import MergeKernel
+from ties_dist.compiler.kinds import KernelKind
 from ties_dist.compiler.native import KernelStore, processor
 from ties_dist.compiler.slices import Slice
 from ties_dist.dtypes import DType, torch_dtype

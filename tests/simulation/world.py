@@ -33,7 +33,7 @@ from ties_dist.inputs.opening import opener
 from ties_dist.output.holder import Holder
 from ties_dist.output.lock import RunLock
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.storage.base import Writer
 from ties_dist.storage.local_place import LocalPlace
@@ -199,7 +199,7 @@ class World:
             (folder / name).mkdir(parents=True)
             job = prepare(
                 write_job(folder / name, models, shards=6, method=METHODS.get(name, "ties"), options=given),
-                resources=Resources(threads=1),
+                RunOptions(threads=1),
             )
             _ = job.stamps
             report = engine.run(job, LocalPlace(world.undisturbed(name)), executor=LocalExecutor(1), progress=Quiet())

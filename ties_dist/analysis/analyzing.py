@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -24,20 +24,20 @@ from ties_dist.analysis.figures import VERSION, Analysis, Run, advise
 from ties_dist.analysis.loops import MOST_EXPERTS
 from ties_dist.analysis.summing import Question, summarise
 from ties_dist.analysis.tally import Analyse, Signs, Tally, TallyStep
-from ties_dist.cache import cache_folder
 from ties_dist.engine.scan import nonfinite_error
 from ties_dist.errors import OutputError, RecipeError, StoppedError
 from ties_dist.executors.base import check_stop
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import opener
 from ties_dist.methods.needs import TrimRule
-from ties_dist.planning.options import Resources
+from ties_dist.planning.keywords import AnalyzeKeywords, takes
+from ties_dist.planning.options import RunOptions
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.planning.sample import sample_slices
 from ties_dist.progress import LogProgress, Progress, phase
+from ties_dist.recipe.document import RecipeSource, as_source
 from ties_dist.statistics.counts import StatisticsStore
-from ties_dist.storage.backends import Backend
 from ties_dist.storage.digests import digest
 from ties_dist.storage.local import write_durably
 from ties_dist.storage.local_place import LocalPlace
@@ -63,47 +63,34 @@ ANALYSES = "analyses"
 """Finished ones and the counts of interrupted ones, in a folder beside the statistics."""
 
 
+@takes(AnalyzeKeywords)
 def analyze(
-    recipe: Path | str | dict[str, object],
+    recipe: RecipeSource,
     out: Path | str | None = None,
     *,
     density: float | None = None,
-    semantics: str | None = None,
-    threads: int | None = None,
-    memory_budget: int = 2 << 30,
-    unit_size: int | None = None,
-    read_backend: Backend = "auto",
-    max_shard_size: int | None = None,
-    cache_dir: Path | str | None = None,
-    allow_external_methods: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     told: Callable[[Sequence[str]], None] | None = None,
+    **options: Unpack[AnalyzeKeywords],
 ) -> Analysis:
     """Measure the deltas of a recipe's experts. out: a folder for `analysis.json` and `report.html`.
 
-    density: of the figures and groups; by default the recipe's, where it trims with one, else the paper's 0.2. The
-    other options are those of `merge`. Raises the errors of `ties_dist.errors`.
+    density: of the figures and groups; by default the recipe's, where it trims with one, else the paper's 0.2. recipe,
+    progress, stop and told are those of `merge`. Raises the errors of `ties_dist.errors`.
     """
-    began = time.monotonic()
+    began, common = time.monotonic(), RunOptions(**options)
     folder = None if out is None else _usable(Path(out))
-    resources = Resources(threads=threads, memory_budget=memory_budget, unit_bytes=unit_size, backend=read_backend)
-    job = prepare(
-        Path(recipe) if isinstance(recipe, str) and "\n" not in recipe else recipe,
-        semantics=semantics,
-        resources=resources,
-        max_shard_bytes=max_shard_size,
-        allow_external_methods=allow_external_methods,
-    )
+    job = prepare(as_source(recipe), common)
     chosen = _density(job, density)
     if told is not None:
         told(job.notes)
-    cache = cache_folder(Path(cache_dir) if cache_dir is not None else None)
+    cache = common.cache
     kept = cache / ANALYSES / f"{_key(job, chosen)}.json"
     snapshot = Snapshot(LocalPlace(kept.parent), kept.with_suffix(".partial").name, shared=True)
     found = _kept(kept)
     if found is None:
-        executor = LocalExecutor(resources.thread_count + READ_AHEAD, stop or threading.Event())
+        executor = LocalExecutor(job.plan.threads + READ_AHEAD, stop or threading.Event())
         try:
             found = _measure(job, chosen, StatisticsStore(cache), executor, progress or LogProgress(), snapshot)
         except StoppedError:

@@ -9,21 +9,22 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ties_dist.cli.options import CACHE, CLUSTER, RESOURCES, RUN, SIZE, TALK
+from ties_dist.cli.options import TALK, alone, takes
 from ties_dist.cli.terminal import SIGINT_STATUS, log, progress, say, signals, tell_error
 from ties_dist.errors import TiesDistError
+from ties_dist.planning.keywords import AnalyzeKeywords, MergeKeywords, PlanKeywords, SweepKeywords
+from ties_dist.planning.options import Cluster, RunOptions
 
 if TYPE_CHECKING:
-    pass
+    from ties_dist.statistics.collected import Kind
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -42,50 +43,17 @@ def cli(log_format: str) -> None:
 @cli.command("merge")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@RESOURCES
-@CLUSTER
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="auto, cpu: no GPU; cuda: all NVIDIA GPUs; same bytes.  [default: auto]",
-)
-@click.option(
-    "--threshold-pass",
-    type=click.Choice(["auto", "speculate", "scan"]),
-    default="auto",
-    help="Scan for thresholds, or predict and prove them; auto: predict where likely; same bytes.  [default: auto]",
-)
-@RUN
+@takes(MergeKeywords)
 @TALK
-def merge_command(
-    recipe: Path,
-    out: Path,
-    address: str,
-    workers: int | None,
-    worker_timeout: float,
-    worker_resource: Sequence[tuple[str, float]],
-    node_label: Sequence[tuple[str, str]],
-    as_json: bool,
-    verbose: int,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def merge_command(recipe: Path, out: Path, options: MergeKeywords, as_json: bool, verbose: int, quiet: bool) -> None:
     """Merge the models of RECIPE into the folder OUT; resumes an interrupted merge by itself."""
-    if options["executor"] != "ray" and (address != "auto" or workers or worker_resource or node_label):
-        raise click.UsageError("--address, --workers, --worker-resource and --node-label go with --executor ray.")
+    if options["executor"] != "ray" and options["cluster"] != Cluster():
+        raise click.UsageError(
+            "--address, --workers, --worker-timeout, --worker-resource and --node-label go with --executor ray."
+        )
     log(verbose, quiet)
     with signals() as stop:
         from ties_dist.api import merge
-        from ties_dist.executors.base import Cluster
-
-        options["cluster"] = Cluster(
-            address=address,
-            workers=workers,
-            resources=dict(worker_resource),
-            labels=dict(node_label),
-            start_seconds=worker_timeout,
-        )
         from ties_dist.cli.tables import merge_table
 
         with redirect_stdout(sys.stderr):  # Ray prints what its nodes say
@@ -151,18 +119,17 @@ def status_command(out: Path, as_json: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--density", metavar="VALUES", help="Like 0.1,0.2,0.3 or 0.1:0.3:0.1 (from:to:step).")
 @click.option("--lambda", "lam", metavar="VALUES", help="The same for lambda.")
-@RESOURCES
-@RUN
+@takes(SweepKeywords)
 @TALK
 def sweep_command(
     recipe: Path,
     out: Path,
     density: str | None,
     lam: str | None,
+    options: SweepKeywords,
     as_json: bool,
     verbose: int,
     quiet: bool,
-    **options: Any,
 ) -> None:
     """Merge RECIPE with every density and lambda, from one read of the inputs, into folders under OUT.
 
@@ -193,16 +160,18 @@ def sweep_command(
 @cli.command("plan")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@RESOURCES
+@takes(PlanKeywords)
 @click.option("--sample", is_flag=True, help="Read some pages; predict thresholds, kept shares and time.")
 @TALK
-def plan_command(recipe: Path, out: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
+def plan_command(
+    recipe: Path, out: Path | None, options: PlanKeywords, sample: bool, as_json: bool, verbose: int, quiet: bool
+) -> None:
     """What merging RECIPE will read, write and need, from the checkpoints' headers."""
     log(verbose, quiet)
     from ties_dist.api import plan
     from ties_dist.cli.tables import plan_table
 
-    report = plan(recipe, out, **options)
+    report = plan(recipe, out, sample=sample, **options)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:
@@ -220,19 +189,32 @@ def plan_command(recipe: Path, out: Path | None, as_json: bool, verbose: int, qu
     type=click.FloatRange(0, 1, min_open=True),
     help="Of the figures by parameter, layer and tensor.  [default: the recipe's, else 0.2]",
 )
-@RESOURCES
-@CACHE
+@takes(AnalyzeKeywords)
 @TALK
 def analyze_command(
-    recipe: Path, out: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any
-) -> None:  # fmt: skip
+    recipe: Path,
+    out: Path | None,
+    density: float | None,
+    options: AnalyzeKeywords,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
     """How the experts of RECIPE differ from their base and from each other, from one read of them."""
     log(verbose, quiet)
     with signals() as stop:
         from ties_dist.analysis.analyzing import analyze, to_json
         from ties_dist.cli.tables import analysis_table
 
-        found = analyze(recipe, out, stop=stop, progress=progress(quiet), told=partial(say, quiet), **options)
+        found = analyze(
+            recipe,
+            out,
+            density=density,
+            stop=stop,
+            progress=progress(quiet),
+            told=partial(say, quiet),
+            **options,
+        )
     if as_json:
         click.echo(to_json(found))
     elif not quiet:
@@ -247,10 +229,8 @@ def analyze_command(
     help="Share of units to merge again, 0 for none.  [default: 0.02, or 0 where the inputs are gone]",
 )
 @click.option("--sha256", is_flag=True, help="Print sha256 sums of the shards.")
-@click.option(
-    "--memory-budget", type=SIZE, default="2GiB", show_default=True, help="For the buffers of what is merged again."
-)
-@click.option("--allow-external-methods", is_flag=True, help="Merge the sample again also by code of other packages.")
+@alone("memory_budget", "For the buffers of what is merged again.")
+@alone("allow_external_methods", "Merge the sample again also by code of other packages.")
 @TALK
 def verify_command(
     out: Path,
@@ -265,18 +245,10 @@ def verify_command(
     """Read OUT again and compare it with its manifest; merge a random sample again and compare."""
     log(verbose, quiet)
     from ties_dist.engine.verify import summary, verify
-    from ties_dist.planning.options import Resources
     from ties_dist.storage.local_place import LocalPlace
 
-    resources = Resources(memory_budget=memory_budget)
-    report = verify(
-        LocalPlace(out),
-        sample=sample,
-        sha256=sha256,
-        progress=progress(quiet),
-        resources=resources,
-        allow_external_methods=allow_external_methods,
-    )
+    options = RunOptions(memory_budget=memory_budget, allow_external_methods=allow_external_methods)
+    report = verify(LocalPlace(out), options, sample=sample, sha256=sha256, progress=progress(quiet))
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:
@@ -293,19 +265,44 @@ def verify_command(
 @click.option("--model", metavar="P.M:F", help="A function of yours that makes the model.  [default: by transformers]")
 @click.option("--examples", type=click.IntRange(min=1), help="Use the first so many.  [default: all]")
 @click.option("--max-length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a text.")
-@click.option(
-    "--memory-budget", type=SIZE, default="2GiB", show_default=True, help="For what is collected, beside the model."
-)
+@alone("memory_budget", "For what is collected, beside the model.")
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1, ...")
 @click.option("--fresh", is_flag=True, help="Discard what stands in STORE.")
 @TALK
-def collect_command(as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
+def collect_command(
+    kind: Kind,
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    model: str | None,
+    examples: int | None,
+    max_length: int,
+    memory_budget: int,
+    device: str,
+    fresh: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
     """Run CHECKPOINT over examples, for what `fisher` and `regmean` have to know of it."""
     log(verbose, quiet)
     with signals() as stop:
         from ties_dist.collecting.collect import collect
 
-        store = collect(stop=stop, progress=progress(quiet), **options)
+        store = collect(
+            kind,
+            checkpoint,
+            data,
+            out,
+            model=model,
+            examples=examples,
+            max_length=max_length,
+            memory_budget=memory_budget,
+            device=device,
+            fresh=fresh,
+            stop=stop,
+            progress=progress(quiet),
+        )
     found = {"kind": store.origin.kind, "arrays": len(store.arrays), "examples": store.origin.examples}
     if as_json:
         click.echo(json.dumps(found | {"store": str(store.path)}, indent=2))

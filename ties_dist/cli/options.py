@@ -1,151 +1,132 @@
-"""The options that commands share, and how their values are read."""
+"""The switches that commands share, made from `RunOptions`, and how their values are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import get_args, get_origin
 
 import click
 
+from ties_dist.planning.keywords import PlanKeywords, chosen
+from ties_dist.planning.options import Cluster, Option, RunOptions, options_of
 
-class Size(click.ParamType[int]):
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+
+
+def size(text: str) -> int:
     """Bytes, as `2GiB`, `500MB` or a plain number."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from pydantic import ByteSize, TypeAdapter, ValidationError
-
-        try:
-            size = int(TypeAdapter(ByteSize).validate_python(value))
-        except ValidationError:
-            self.fail(f"'{value}' is not a size; write it like 2GiB or 500MiB.", param, ctx)
-        if size <= 0:
-            self.fail(f"'{value}' is not a positive size.", param, ctx)
-        return size
+    try:
+        found = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise click.BadParameter(f"'{text}' is not a size; write it like 2GiB or 500MiB.") from None
+    if found <= 0:
+        raise click.BadParameter(f"'{text}' is not a positive size.")
+    return found
 
 
-SIZE = Size()
-
-
-class Pair(click.ParamType[tuple[str, Any]]):
+def label(text: str) -> tuple[str, str]:
     """NAME=VALUE."""
-
-    name = "pair"
-
-    def __init__(self, kind: type[str] | type[float]) -> None:
-        self.kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
-        name, equals, text = str(value).partition("=")
-        try:
-            if not (name and equals and text):
-                raise ValueError(value)
-            return name, self.kind(text)
-        except ValueError:
-            self.fail(f"'{value}' is not NAME={'VALUE' if self.kind is str else 'NUMBER'}.", param, ctx)
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise click.BadParameter(f"'{text}' is not NAME=VALUE.")
+    return name, value
 
 
-def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
+def amount(text: str) -> tuple[str, float]:
+    """NAME=NUMBER."""
+    try:
+        name, value = label(text)
+        return name, float(value)
+    except (click.BadParameter, ValueError):
+        raise click.BadParameter(f"'{text}' is not NAME=NUMBER.") from None
+
+
+def together(*options: Decorator) -> Decorator:
+    def decorate(command: Command) -> Command:
         for option in reversed(options):
-            function = option(function)
-        return function
+            command = option(command)
+        return command
 
     return decorate
 
 
-RESOURCES = together(
-    click.option(
-        "--semantics",
-        metavar="S",
-        help="Whose TIES: paper, mergekit or peft.  [default: as the recipe says, else paper]",
-    ),
-    click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        help="Compute threads.  [default: all cores; of a worker of Ray 8 at most]",
-    ),
-    click.option(
-        "--memory-budget",
-        type=SIZE,
-        default="2GiB",
-        show_default=True,
-        help="For buffers, per worker process; Python and torch need about 0.5GiB more.",
-    ),
-    click.option("--unit-size", type=SIZE, help="Output bytes of a unit of work.  [default: 8MiB, or what fits]"),
-    click.option(
-        "--read-backend",
-        type=click.Choice(["auto", "mmap", "pread", "direct"]),
-        default="auto",
-        help="How inputs are read; direct: past the page cache; auto: by what of them it holds.  [default: auto]",
-    ),
-    click.option(
-        "--allow-external-methods", is_flag=True, help="Run `merge_method: package.module:Class` from other packages."
-    ),
-    click.option(
-        "--max-shard-size", type=SIZE, help="Largest output shard; no tensor is split.  [default: as the base]"
-    ),
-)
-CACHE = click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    help="Where counts and compiled loops are kept.  [default: $TIES_DIST_CACHE, else ~/.cache/ties_dist]",
-)
-RUN = together(
-    click.option(
-        "--kernel",
-        type=click.Choice(["auto", "compiled", "eager"]),
-        default="auto",
-        help="Merge loops; auto: compiled, else eager by torch; same bytes.  [default: auto]",
-    ),
-    CACHE,
-    click.option("--fresh", is_flag=True, help="Discard an unfinished merge in OUT."),
-    click.option("--overwrite", is_flag=True, help="Replace the finished model of another merge in OUT."),
-    click.option("--wait", is_flag=True, help="Wait for another run that is merging into OUT."),
-    click.option("--trust-journal", is_flag=True, help="Resume without reading finished ranges again."),
-)
-CLUSTER = together(
-    click.option(
-        "--executor",
-        type=click.Choice(["auto", "local", "ray"]),
-        default="auto",
-        help="auto, local: this machine; ray: the workers of a cluster; same bytes.  [default: auto]",
-    ),
-    click.option(
-        "--address",
-        metavar="A",
-        default="auto",
-        help="Of the Ray cluster: HOST:PORT of its head; local: one of this machine's own; "
-        "auto: $RAY_ADDRESS or one that runs here, else local.  [default: auto]",
-    ),
-    click.option(
-        "--workers", type=click.IntRange(min=1), help="Worker processes of the cluster.  [default: as many as fit]"
-    ),
-    click.option(
-        "--worker-timeout",
-        type=click.FloatRange(min=1),
-        default=300,
-        show_default=True,
-        metavar="SECONDS",
-        help="How long a first worker is waited for.",
-    ),
-    click.option(
-        "--worker-resource",
-        type=Pair(float),
-        multiple=True,
-        metavar="NAME=AMOUNT",
-        help="A custom resource of Ray that every worker takes; repeatable.",
-    ),
-    click.option(
-        "--node-label",
-        type=Pair(str),
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="Only nodes with this label of Ray work; repeatable.",
-    ),
-)
+def takes(keywords: type[PlanKeywords]) -> Decorator:
+    """Switches for these keywords; the command gets what they say as `options`."""
+    options = chosen(keywords)
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def gathering(**given: object) -> None:
+            values = {each.name: _value(each, given) for each in options}
+            command(options=values, **given)
+
+        return together(*(_switch(part) for each in options for part in _parts(each)))(gathering)
+
+    return decorate
+
+
+def alone(name: str, help: str) -> Decorator:
+    """One of the switches, for a command that takes no other and says in its own words what it is for."""
+    (option,) = (each for each in options_of(RunOptions) if each.name == name)
+    return _switch(option, help)
+
+
+def _parts(option: Option) -> tuple[Option, ...]:
+    return options_of(Cluster) if option.kind is Cluster else (option,)
+
+
+def _value(option: Option, given: dict[str, object]) -> object:
+    """Taken out of what click has read."""
+    if option.kind is Cluster:
+        whole: Callable[..., Cluster] = Cluster
+        return whole(**{part.name: _value(part, given) for part in _parts(option)})
+    return given.pop(option.name)
+
+
+def _switch(option: Option, help: str | None = None) -> Decorator:
+    said, declared = option.said, option.said.switch or f"--{option.name.replace('_', '-')}"
+    help = help or said.help
+    if option.kind is bool:
+        return click.option(declared, option.name, is_flag=True, help=help)
+    if get_origin(option.kind) is Mapping:
+        read = amount if get_args(option.kind)[1] is float else label
+        return click.option(
+            declared, option.name, type=read, multiple=True, callback=_mapping, metavar=said.metavar, help=help
+        )
+    if option.default is None:
+        help = f"{help}  [default: {option.default_text}]"
+    return click.option(
+        declared,
+        option.name,
+        type=_type(option),
+        default=None if option.default is None else option.default_text,
+        show_default=option.default is not None,
+        metavar=said.metavar,
+        help=help,
+    )
+
+
+def _mapping(_: click.Context, __: click.Parameter, pairs: tuple[tuple[str, object], ...]) -> dict[str, object]:
+    return dict(pairs)
+
+
+def _type(option: Option) -> click.ParamType[object] | Callable[[str], object]:
+    if option.words:
+        return click.Choice(option.words)
+    if option.said.unit == "bytes":
+        return size
+    if option.kind is int:
+        return click.IntRange(min=1)
+    if option.kind is float:
+        return click.FloatRange(min=1)
+    return click.Path(path_type=Path) if option.kind is Path else click.STRING
+
+
 TALK = together(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."),
     click.option("-v", "--verbose", count=True, help="Say more; of merge and analyze also of every tensor."),

@@ -19,7 +19,7 @@ from ties_dist.methods.known import METHODS
 from ties_dist.output.report import MergeReport, tie_warning
 
 if TYPE_CHECKING:
-    from ties_dist.api import PlanReport
+    from ties_dist.engine.forecast import PlanReport
     from ties_dist.sweeping.sweeping import Swept
 
 PIPE_WIDTH = 200

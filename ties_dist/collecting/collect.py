@@ -25,6 +25,7 @@ from ties_dist.errors import NumericError, OutputError, PlanError, RecipeError, 
 from ties_dist.inputs.opening import identify
 from ties_dist.messages import listing, readable
 from ties_dist.output.lock import STATE, RunLock
+from ties_dist.planning.options import RunOptions
 from ties_dist.progress import LogProgress, Progress, phase
 from ties_dist.statistics.collected import ExpertStatistics, Kind, Origin
 from ties_dist.storage.local_place import LocalPlace
@@ -59,7 +60,7 @@ def collect(
     model: str | None = None,
     examples: int | None = None,
     max_length: int = 512,
-    memory_budget: int = 2 << 30,
+    memory_budget: int = RunOptions.memory_budget,
     device: str = "cpu",
     fresh: bool = False,
     progress: Progress | None = None,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import xxhash
 
+from ties_dist.compiler.kinds import KernelKind
 from ties_dist.compiler.loop import Loop
 from ties_dist.compiler.native import KernelStore, NativeKernel, compile_loop, load, processor, runs_here
 from ties_dist.compiler.slices import Slice, flat
@@ -29,8 +30,6 @@ from ties_dist.methods.base import Method, State, is_ours
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
     from ties_dist.compiler.fuse import Fused
-
-KernelKind = Literal["auto", "compiled", "eager"]
 
 logger = logging.getLogger(__name__)
 

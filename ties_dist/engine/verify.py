@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ties_dist.engine.passes import Forgetful, Passes
@@ -17,7 +17,7 @@ from ties_dist.output.companions import RECIPE_COPY
 from ties_dist.output.documents import load_document
 from ties_dist.output.folder import MANIFEST, OutFolder
 from ties_dist.output.manifest import Manifest
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import Progress, Silent, phase
 from ties_dist.recipe.document import read_document
@@ -47,16 +47,16 @@ class VerifyReport:
 
 def verify(
     out: Place,
+    options: RunOptions,
     *,
     sample: float | None = None,
     sha256: bool = False,
     progress: Progress,
-    resources: Resources,
-    allow_external_methods: bool = False,
 ) -> VerifyReport:
     """Check OUT against its manifest, then merge a random share of its units again.
 
-    sample: share of units, (0, 1]; 0 for none; None for 2 %, or none where the inputs are gone.
+    options: for what is merged again. sample: share of units, (0, 1]; 0 for none; None for 2 %, or none where the
+    inputs are gone.
     Raises DamageError naming the damaged megabytes, OutputError where OUT is not a finished output.
     """
     manifest = _manifest(out)
@@ -65,7 +65,7 @@ def verify(
     if sample is None or sample > 0:
         try:
             share = 0.02 if sample is None else sample
-            checked, total = _check_sample(out, manifest, share, progress, resources, allow_external_methods)
+            checked, total = _check_sample(out, manifest, share, progress, options)
         except DamageError:
             raise
         except TiesDistError as error:
@@ -137,17 +137,11 @@ def _check_sample(
     manifest: Manifest,
     share: float,
     progress: Progress,
-    resources: Resources,
-    allow_external_methods: bool,
+    options: RunOptions,
 ) -> tuple[int, int]:
     """Merge a random share of the units again and compare digests. Returns how many, and of how many."""
     origin = manifest.origin
-    job = prepare(
-        _recipe(out, origin.models),
-        resources=resources,
-        max_shard_bytes=origin.max_shard_bytes,
-        allow_external_methods=allow_external_methods,
-    )
+    job = prepare(_recipe(out, origin.models), replace(options, max_shard_size=origin.max_shard_bytes))
     if job.plan.fingerprint != manifest.fingerprint:
         raise CheckpointError(f"the inputs of {out} are not what they were when it was merged.")
     units = list(job.plan.items())

@@ -7,7 +7,7 @@ executor can read ahead and write behind. Writes are idempotent, sums are not: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
@@ -135,22 +135,6 @@ class Workplace(Protocol[_Bench]):
     def open(self, gpus: Gpus | None = None) -> _Bench:
         """Raises TiesDistError, OSError where that cannot be done here."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Where to run, and what of it to take.
-
-    address: `auto` joins a running cluster or starts one on this machine; `local` starts one; else HOST:PORT. workers:
-    None for as many as fit. resources, labels: what the nodes of workers must have, as Ray spells it. start_seconds:
-    how long no worker at all is waited for.
-    """
-
-    address: str = "auto"
-    workers: int | None = None
-    resources: Mapping[str, float] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    start_seconds: float = 300.0
 
 
 @dataclass

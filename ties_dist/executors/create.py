@@ -6,17 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from ties_dist.executors.base import Cluster, Executor
+from ties_dist.executors.base import Executor
 from ties_dist.executors.local import LocalExecutor
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import Cluster, RunOptions
 
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
-
-ExecutorName = Literal["auto", "local", "ray"]
-Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +27,22 @@ class Staff:
 
 
 @contextmanager
-def staff(
-    name: ExecutorName, device: Device, threads: int | None, cluster: Cluster, stop: threading.Event
-) -> Iterator[Staff]:
+def staff(options: RunOptions, stop: threading.Event) -> Iterator[Staff]:
     """This process and its GPUs, or the workers of a cluster."""
-    if name == "ray":
+    if options.executor == "ray":
         from ties_dist.executors.fleet import FleetExecutor
         from ties_dist.executors.ray import RayFleet
 
-        with closing(RayFleet(cluster, threads=threads, gpu=device == "cuda")) as fleet:
+        cluster = options.cluster or Cluster()
+        with closing(RayFleet(cluster, threads=options.threads, gpu=options.device == "cuda")) as fleet:
             yield Staff(
                 executor=FleetExecutor(fleet, stop, start_seconds=cluster.start_seconds),
                 threads=fleet.threads,
                 gpu_slots=fleet.gpu_slots,
             )
         return
-    count = Resources(threads=threads).thread_count
-    if device != "cuda":
+    count = options.resources().thread_count
+    if options.device != "cuda":
         yield Staff(executor=LocalExecutor(count, stop), threads=count)
         return
     from ties_dist.compiler import cuda

@@ -28,11 +28,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 from ray.util import metrics
 
 from ties_dist.compiler.cuda import slots_of_each
-from ties_dist.executors.base import Cluster, Workplace
+from ties_dist.executors.base import Workplace
 from ties_dist.executors.fleet import ORDERS_AT_ONCE
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.executors.orders import Answer, Answered, AnyBench, Event, Joined, Lost, Order, perform
 from ties_dist.messages import readable
+from ties_dist.planning.options import Cluster
 from ties_dist.values.machine import Machine
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Do base and experts fit together, and which tensors does a merge write, from the catalogues alone.
 
-The rules are semantics.md, "What is merged". Every mismatch of every expert goes into one CheckpointError. What only
+Every mismatch of every expert goes into one CheckpointError. What only
 bytes can tell (tied weights that differ, counters that moved) is handed to the engine as `EqualCheck`s. The base
 decides names, shapes and dtypes of the output; for methods that merge weights, not deltas, the first model is the base.
 """
@@ -35,8 +35,9 @@ _SURE_HEAD: Final = re.compile(r"(^|\.)(lm_head|lm_head\.linear|generator_lm_hea
 _OTHER_HEAD: Final = re.compile(r"(^|\.)(output|output_layer|proj_out|ff_out|cls\.predictions\.decoder)\.weight$")
 _HEAD_BIAS: Final = re.compile(r"(^|\.)(lm_head|cls\.predictions|cls\.predictions\.decoder)\.bias$")
 _NUMBERED: Final = re.compile(r"(^|\.)\d+\.")
-# Buffers that some library versions store and others compute.
-_BUFFER: Final = re.compile(r"(inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias)$")
+_BUFFER: Final = re.compile(
+    r"(inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias)$"
+)  # stored by some versions, computed by others
 
 _TEXT_CONFIGS: Final = ("text_config", "llm_config", "language_config", "decoder")
 _SHOWN: Final = 20  # lines of one error

@@ -20,7 +20,8 @@ from ties_dist.messages import listing
 from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
 from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
-from ties_dist.storage.backends import SMALL_MODEL, Backend, choose, file_sizes, look
+from ties_dist.storage.backends import SMALL_MODEL, choose, file_sizes, look
+from ties_dist.storage.base import Backend
 from ties_dist.storage.digests import digest
 from ties_dist.storage.readers import open_reader
 from ties_dist.values.inputs import Input

@@ -22,8 +22,9 @@ from ties_dist.planning.admission import admit
 from ties_dist.planning.arrange import Inputs, arrange, models_of
 from ties_dist.planning.layout import Layout, TensorSpec, lay_out
 from ties_dist.planning.memory import fit
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import Resources, RunOptions
 from ties_dist.planning.plan import Matrix, MergePlan, fingerprint
+from ties_dist.recipe.document import RecipeSource
 from ties_dist.recipe.recipe import Recipe, layer_depths, load_recipe
 from ties_dist.recipe.references import ADAPTER_WEIGHTS, Location, fetch
 from ties_dist.statistics.collected import ExpertStatistics, how_to_collect
@@ -52,28 +53,26 @@ class Job:
 
 
 def prepare(
-    recipe: Path | str | Mapping[str, object],
+    recipe: RecipeSource,
+    options: RunOptions | None = None,
     *,
-    semantics: str | None = None,
     resources: Resources | None = None,
-    max_shard_bytes: int | None = None,
     root: Path | None = None,
     fetch: Callable[[Location], Path] = fetch,
-    allow_external_methods: bool = False,
 ) -> Job:
     """Read a recipe and all headers. root: see `load_recipe`. fetch: finds a model.
 
-    allow_external_methods: whether `merge_method: package.module:Class` may import and run that.
-
+    resources: of the worker processes, where the options alone do not say them.
     Raises RecipeError, CheckpointError, PlanError.
     """
-    resources = resources or Resources()
+    options = options or RunOptions()
+    resources = resources or options.resources()
     _allow_many_files()
-    methods = known_methods(allow_external=allow_external_methods)
-    chosen = load_recipe(recipe, methods=methods, semantics=semantics, root=root, fetch=fetch)
+    methods = known_methods(allow_external=options.allow_external_methods)
+    chosen = load_recipe(recipe, methods=methods, semantics=options.semantics, root=root, fetch=fetch)
     references = models_of(chosen)
     opened, identities = open_all(references, resources.backend)
-    return assemble(chosen, opened, identities, resources, max_shard_bytes)
+    return assemble(chosen, opened, identities, resources, options.max_shard_size)
 
 
 def _allow_many_files() -> None:

@@ -14,8 +14,16 @@ from ties_dist.errors import RecipeError
 _LARGEST_BYTES = 16 << 20
 """A recipe is a few KB; a checkpoint passed in its place must not be read into memory."""
 
+RecipeSource = Path | str | Mapping[str, object]
+"""A file, YAML text, or the document itself."""
 
-def read_document(source: Path | str | Mapping[str, object]) -> tuple[Mapping[str, object], str, Path]:
+
+def as_source(given: RecipeSource) -> RecipeSource:
+    """As users give it: text of one line is a file's name, for no recipe has one line."""
+    return Path(given) if isinstance(given, str) and "\n" not in given else given
+
+
+def read_document(source: RecipeSource) -> tuple[Mapping[str, object], str, Path]:
     """The document, what to call it in messages, and the folder that relative paths start from."""
     title, folder = "the recipe", Path.cwd()
     document: object = source

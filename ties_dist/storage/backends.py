@@ -22,7 +22,6 @@ import psutil
 
 from ties_dist.storage.buffers import ALIGNMENT, Buffers
 
-Backend = Literal["auto", "mmap", "pread", "direct"]
 Chosen = Literal["mmap", "pread", "direct"]
 
 NETWORK = ("nfs", "lustre", "cifs", "smb", "ceph", "gluster", "fuse", "9p", "beegfs", "gpfs", "afs", "virtiofs")

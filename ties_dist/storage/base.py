@@ -7,10 +7,14 @@ Kept to what object stores can do too (design.md, seams). A store knows names, b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 BLOCK_BYTES = 1 << 20
 """Output is cut and hashed in blocks of 1 MiB: two clients of a network file system must not share a page."""
+
+
+Backend = Literal["auto", "mmap", "pread", "direct"]
+"""How files are read; `backends` chooses for `auto`."""
 
 
 class Span(Protocol):

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ties_dist.errors import CheckpointError
-from ties_dist.storage.backends import Backend, choose, look, open_direct
+from ties_dist.storage.backends import choose, look, open_direct
+from ties_dist.storage.base import Backend
 from ties_dist.storage.buffers import ALIGNMENT, Buffers
 
 logger = logging.getLogger(__name__)

@@ -12,20 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Unpack
 
-from ties_dist.cache import KERNELS, cache_folder
-from ties_dist.compiler.kernel import KernelKind
 from ties_dist.engine.run import run
 from ties_dist.errors import RecipeError, TiesDistError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.messages import listing
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.options import Resources
+from ties_dist.planning.keywords import SweepKeywords, takes
+from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import LogProgress, Progress, Silent
-from ties_dist.recipe.document import read_document
+from ties_dist.recipe.document import RecipeSource, as_source, read_document
 from ties_dist.statistics.counts import StatisticsStore
-from ties_dist.storage.backends import Backend
 from ties_dist.storage.local_place import LocalPlace
 from ties_dist.sweeping.shared import Meeting, SharedExecutor
 
@@ -103,54 +102,27 @@ class Swept:
     report: MergeReport
 
 
+@takes(SweepKeywords)
 def sweep(
-    recipe: Path | str | Mapping[str, object],
+    recipe: RecipeSource,
     out: Path | str,
     *,
     density: Sequence[float] = (),
     lam: Sequence[float] = (),
-    semantics: str | None = None,
-    threads: int | None = None,
-    memory_budget: int = 2 << 30,
-    unit_size: int | None = None,
-    read_backend: Backend = "auto",
-    max_shard_size: int | None = None,
-    cache_dir: Path | str | None = None,
-    kernel: KernelKind = "auto",
-    fresh: bool = False,
-    overwrite: bool = False,
-    wait: bool = False,
-    trust_journal: bool = False,
-    allow_external_methods: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     told: Callable[[Sequence[str]], None] | None = None,
+    **options: Unpack[SweepKeywords],
 ) -> list[Swept]:
     """Merge a recipe once for every density and lambda, into folders like `out/density-0.2_lambda-1.4`.
 
-    The inputs are read once for all; options as of `merge`. Whatever fails, what is done is kept: the same call
-    resumes. Raises the errors of `ties_dist.errors`.
+    The inputs are read once for all; recipe, progress, stop and told are those of `merge`. Whatever fails, what is done
+    is kept: the same call resumes. Raises the errors of `ties_dist.errors`.
     """
-    chosen = variants({"density": density, "lambda": lam})
-    source = Path(recipe) if isinstance(recipe, str) and "\n" not in recipe else recipe
-    document, _, folder = read_document(source)
-    cache = cache_folder(Path(cache_dir) if cache_dir is not None else None)
-    resources = Resources(
-        threads=threads,
-        memory_budget=memory_budget,
-        unit_bytes=unit_size,
-        outputs=len(chosen),
-        kernel=kernel,
-        kernel_cache=cache / KERNELS,
-        backend=read_backend,
-    )
-    jobs = [
-        prepare(
-            with_values(document, v.values), semantics=semantics, resources=resources, max_shard_bytes=max_shard_size,
-            root=folder, allow_external_methods=allow_external_methods,
-        )
-        for v in chosen
-    ]  # fmt: skip
+    chosen, common = variants({"density": density, "lambda": lam}), RunOptions(**options)
+    document, _, folder = read_document(as_source(recipe))
+    resources = common.resources(outputs=len(chosen))
+    jobs = [prepare(with_values(document, v.values), common, resources=resources, root=folder) for v in chosen]
     if told is not None:
         told(jobs[0].notes)
     stop = stop or threading.Event()
@@ -166,12 +138,12 @@ def sweep(
                 LocalPlace(Path(out) / chosen[number].name),
                 executor=SharedExecutor(inner, meeting, chosen[number].name),
                 progress=(progress or LogProgress()) if number == 0 else Silent(),
-                store=StatisticsStore(cache),
+                store=StatisticsStore(common.cache),
                 also=[j.plan for j in jobs[number + 1 :]],
-                fresh=fresh,
-                overwrite=overwrite,
-                wait=wait,
-                trust_journal=trust_journal,
+                fresh=common.fresh,
+                overwrite=common.overwrite,
+                wait=common.wait,
+                trust_journal=common.trust_journal,
                 stop=stop,
             )
         except BaseException as error:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ties_dist.checkpoints.forms.plain import Stored
-from ties_dist.compiler.kernel import KernelKind, MergeKernel
+from ties_dist.compiler.kernel import MergeKernel
+from ties_dist.compiler.kinds import KernelKind
 from ties_dist.compiler.native import KernelStore
 from ties_dist.compiler.slices import Slice, sliced, stored
 from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, TYPES, DType

@@ -23,7 +23,8 @@ from ties_dist.messages import readable
 from ties_dist.output.folder import OutFolder
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
-from ties_dist.storage.backends import Backend, memory_limit
+from ties_dist.storage.backends import memory_limit
+from ties_dist.storage.base import Backend
 from ties_dist.storage.place import partial_name
 from ties_dist.values.inputs import Input
 from ties_dist.values.machine import Machine

@@ -13,8 +13,8 @@ import pytest
 
 from ties_dist.cache import cache_folder
 from ties_dist.errors import ClusterError, PlanError, StoppedError
-from ties_dist.executors.base import Cluster
 from ties_dist.executors.ray import RayFleet, connect, job_client
+from ties_dist.planning.options import Cluster
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265", "127.0.0.1:port"])

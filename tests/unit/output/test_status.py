@@ -20,7 +20,7 @@ from ties_dist.output.holder import Holder
 from ties_dist.output.journal import Record, read_journals
 from ties_dist.output.lock import RunLock, lease_of
 from ties_dist.output.status import Status, describe
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import RunOptions
 from ties_dist.progress import LogProgress
 from ties_dist.storage.local_place import LocalPlace
 from ties_dist.storage.place import Place
@@ -91,11 +91,11 @@ def test_a_model_that_lost_a_file_is_not_finished_and_the_same_merge_mends_it(
     (out / lost).unlink()
     assert status(out).state == "damaged" and "missing" in describe(status(out))
     with pytest.raises(DamageError, match=rf"{lost}: missing"):
-        verify(LocalPlace(out), progress=LogProgress(), resources=Resources())
+        verify(LocalPlace(out), RunOptions(), progress=LogProgress())
     again = ties_dist.merge(recipe, out)
     assert not again.already_done and again.output_digest == report.output_digest
     assert (out / lost).read_bytes() == content and status(out).state == "finished"
-    verify(LocalPlace(out), progress=LogProgress(), resources=Resources())
+    verify(LocalPlace(out), RunOptions(), progress=LogProgress())
 
 
 def test_an_interrupted_merge_tells_what_is_durable(recipe: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from tests.conftest import Checkpoints, random_models
 from ties_dist.inputs import opening as inputs
 from ties_dist.inputs.opening import opener
+from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.storage import backends
 from ties_dist.storage.backends import Facts, cached_share, choose, direct_works, look, memory_limit
@@ -188,7 +189,7 @@ def test_the_plan_knows_whether_its_inputs_are_read_twice(
 ) -> None:
     models = random_models({"w": (8, 8)}, experts=2, dtype=dtype)
     recipe = merge_job(models, parameters={"density": 0.2, "weight": 1.0})
-    assert prepare(recipe, semantics=semantics).plan.reread_bytes == expected
+    assert prepare(recipe, RunOptions(semantics=semantics)).plan.reread_bytes == expected
 
 
 def test_a_merge_that_reads_twice_in_short_order_is_mapped(
@@ -197,7 +198,7 @@ def test_a_merge_that_reads_twice_in_short_order_is_mapped(
     monkeypatch.setattr(backends, "SMALL_MODEL", 0)
     monkeypatch.setattr(inputs, "SMALL_MODEL", 0)
     models = random_models({"w": (64, 64)}, experts=1)
-    twice = prepare(merge_job(models, parameters={"density": 0.2, "weight": 1.0}), semantics="mergekit")
+    twice = prepare(merge_job(models, parameters={"density": 0.2, "weight": 1.0}), RunOptions(semantics="mergekit"))
     with caplog.at_level(logging.INFO, logger="ties_dist"):
         assert reader_of_the_base(twice) is MappedReader
     assert "reads: 'base' by memory map (it is read twice, the second time from the page cache)" in caplog.text
