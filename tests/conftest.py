@@ -12,6 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.turns import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+)
+
 Checkpoints = Callable[..., Path]
 
 

@@ -11,6 +11,7 @@ times each. The server is a fresh process that computes nothing, so no thread is
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -121,6 +122,7 @@ def serve() -> None:
     import zarr  # noqa: F401
 
     from ties_dist.cli import tables  # noqa: F401
+    from ties_dist.compiler import fuse, trace  # noqa: F401  # torch, which a merge imports only where it needs it
 
     for name in sys.argv[1:]:
         importlib.import_module(name)
@@ -131,6 +133,7 @@ def serve() -> None:
     count_magnitudes(empty, empty, counters, counters, np.uint32(0))
     count_equal(empty, empty, np.uint32(0))
     find_equal(empty, empty, np.uint32(0), 0)
+    gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:

@@ -221,6 +221,7 @@ def test_a_damaged_kept_analysis_is_made_again(merge_job: Checkpoints, statistic
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_peak_memory_stays_within_the_projection(merge_job: Checkpoints) -> None:
     """Inputs of 4 x 120 MB, budget 100 MiB."""
     shapes = {f"layers.{i}.weight": (3000, 4000) for i in range(4)} | {"embed.weight": (24000, 500)}

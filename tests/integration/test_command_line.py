@@ -58,6 +58,7 @@ def large_models() -> list[Model]:
 # -- help and versions ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_help_answers_within_a_second_and_without_torch() -> None:
     took = []
     for _ in range(3):  # the best of three: the machine may be busy

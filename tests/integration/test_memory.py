@@ -17,6 +17,8 @@ import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.integration.test_statistics_methods import write_recipe
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 
 

@@ -534,6 +534,7 @@ def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
 # -- cost -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_twenty_thousand_tensors_are_read_in_a_moment(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.w.weight" for i in range(200) for j in range(100)]
     weight_map = {name: (ONE if i < 10_000 else TWO) for i, name in enumerate(names)}
@@ -544,6 +545,7 @@ def test_twenty_thousand_tensors_are_read_in_a_moment(tmp_path: Path) -> None:
     assert time.process_time() - start < 2.0  # 0.2 s on a quiet machine; quadratic would be minutes
 
 
+@pytest.mark.alone
 def test_twenty_thousand_problems_are_found_in_a_moment_and_told_in_twenty_lines(tmp_path: Path) -> None:
     header = {f"t{i:05}": tensor(offsets=[8 * i, 8 * i + 4]) for i in range(20_000)}
     repeated = json.dumps(header)[:-1] + "," + json.dumps(header)[1:]

@@ -559,6 +559,7 @@ def test_truncation_and_tying_go_together() -> None:
 # -- cost -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_twenty_thousand_tensors_and_four_experts_are_compared_in_a_moment() -> None:
     tensors: dict[str, tuple[str, Shape]] = {
         f"model.layers.{i}.experts.{j}.weight": ("BF16", (2,)) for i in range(200) for j in range(100)
@@ -570,6 +571,7 @@ def test_twenty_thousand_tensors_and_four_experts_are_compared_in_a_moment() -> 
     assert time.process_time() - start < 2.0  # 0.2 s on a quiet machine; quadratic would be minutes
 
 
+@pytest.mark.alone
 def test_twenty_thousand_mismatches_are_told_in_a_moment() -> None:
     base = checkpoint("b", {f"model.layers.{i}.w{i % 7}.weight": ("BF16", (2,)) for i in range(20_000)})
     expert = checkpoint("math", {f"model.layers.{i}.v{i % 7}.weight": ("BF16", (2,)) for i in range(20_000)})
