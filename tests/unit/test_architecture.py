@@ -35,8 +35,27 @@ ROWS = (
 MAY_IMPORT = {
     "ray": {"executors/ray.py"},
     "torch": {"dtypes.py", "methods", "compiler", "collecting", "in_memory.py"},
+    "pathlib": {
+        *("storage", "cache.py", "recipe", "statistics", "collecting", "cli", "analysis"),
+        *("api.py", "in_memory.py", "sweeping", "planning/options.py", "planning/keywords.py"),  # take users' paths
+        *(
+            "inputs/opening.py",
+            "planning/prepare.py",
+            "checkpoints/catalogue.py",
+            "adapters/peft.py",
+        ),  # models' folders
+        *("compiler/native.py", "compiler/kernel.py", "executors/submit.py", "worker/preflight.py"),  # beside OUT
+    },
 }
-"""Who may name what costs seconds to import, or a place to run."""
+"""Who may name what costs seconds to import, a place to run, or a path of this machine."""
+
+MAY_OPEN = {
+    *("storage", "statistics", "collecting"),
+    *("values/machine.py", "output/holder.py"),  # what the kernel says of a process, in /proc
+    "compiler/native.py",  # kept loops
+    "worker/preflight.py",  # each input once, as this node sees it
+}
+"""Whose functions call `open`."""
 
 DEEPEST = 16
 LONGEST_MODULE = 450
@@ -124,6 +143,20 @@ def test_an_executor_knows_steps_and_items_and_nothing_of_merging() -> None:
         if path.name != "create.py":
             folders = {place(m) for m in own_imports(path) if m != "ties_dist.planning.options"}  # `Cluster`
             assert not folders & {"worker", "output", "planning", "inputs", "methods"}, path
+
+
+def calls_open(path: Path) -> bool:
+    return any(
+        (isinstance(n.func, ast.Name) and n.func.id == "open")
+        or (isinstance(n.func, ast.Attribute) and ast.unparse(n.func) == "os.open")
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call)
+    )
+
+
+def test_files_are_opened_where_bytes_live() -> None:
+    opening = {str(p.relative_to(PACKAGE)) for p in modules().values() if calls_open(p)}
+    assert {p for p in opening if p not in MAY_OPEN and p.split("/")[0] not in MAY_OPEN} == set()
 
 
 def test_planning_opens_no_file() -> None:

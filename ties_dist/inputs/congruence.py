@@ -1,8 +1,8 @@
 """Do base and experts fit together, and which tensors does a merge write, from the catalogues alone.
 
-Every mismatch of every expert goes into one CheckpointError. What only
-bytes can tell (tied weights that differ, counters that moved) is handed to the engine as `EqualCheck`s. The base
-decides names, shapes and dtypes of the output; for methods that merge weights, not deltas, the first model is the base.
+Every mismatch of every expert goes into one CheckpointError. What only bytes can tell (tied weights that differ,
+counters that moved) is handed to the engine as `EqualCheck`s. The base decides names, shapes and dtypes of the output;
+for methods that merge weights, not deltas, the first model is the base.
 """
 
 from __future__ import annotations
@@ -27,17 +27,14 @@ _PACKED: Final = re.compile(r"(^|[._])(weight|qweight|qzeros|weight_packed|packe
 
 # Tensors of one row per vocabulary entry, best match first. A numbered part before the name means a layer's own tensor
 # (`layers.0.attention.output.weight`), not the model's.
-_EMBEDDINGS: Final = (
-    "shared embed_tokens wte word_embeddings embed_in tok_embeddings token_embedding embeddings embedding"
-)
-_EMBEDDING: Final = re.compile(rf"(?:^|\.)({_EMBEDDINGS.replace(' ', '|')})\.weight$")
+_LOOKUPS: Final = "shared embed_tokens wte word_embeddings embed_in tok_embeddings token_embedding embeddings embedding"
+_EMBEDDING: Final = re.compile(rf"(?:^|\.)({_LOOKUPS.replace(' ', '|')})\.weight$")
 _SURE_HEAD: Final = re.compile(r"(^|\.)(lm_head|lm_head\.linear|generator_lm_head|embed_out)\.weight$")
 _OTHER_HEAD: Final = re.compile(r"(^|\.)(output|output_layer|proj_out|ff_out|cls\.predictions\.decoder)\.weight$")
 _HEAD_BIAS: Final = re.compile(r"(^|\.)(lm_head|cls\.predictions|cls\.predictions\.decoder)\.bias$")
 _NUMBERED: Final = re.compile(r"(^|\.)\d+\.")
-_BUFFER: Final = re.compile(
-    r"(inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias)$"
-)  # stored by some versions, computed by others
+# Stored by some versions, computed by others.
+_BUFFER: Final = re.compile(r"(inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias)$")
 
 _TEXT_CONFIGS: Final = ("text_config", "llm_config", "language_config", "decoder")
 _SHOWN: Final = 20  # lines of one error
@@ -386,7 +383,7 @@ def _likeness(head: Parameter, embedding: Parameter) -> tuple[bool, int, int]:
     common = next((i for i, (a, b) in enumerate(parts) if a != b), 0)
     kind = _EMBEDDING.search(embedding.name)
     assert kind is not None  # chosen by that pattern
-    return head.shape == embedding.shape, common, -_EMBEDDINGS.split().index(kind[1])
+    return head.shape == embedding.shape, common, -_LOOKUPS.split().index(kind[1])
 
 
 def _extra_rows(shape: tuple[int, ...], base: tuple[int, ...]) -> int:
