@@ -141,10 +141,10 @@ class _Catalogue:
     # -- which files --------------------------------------------------------------------------------------------------
 
     def choose(self, names: Iterable[str]) -> None:
-        """Settle which files of a directory are the checkpoint: its index, else model.safetensors, else its only file.
+        """Settle which files of a directory are the checkpoint: model.safetensors, else its index, else its only file.
 
-        An index wins over files it does not name, and `model.safetensors` over its neighbours, as in transformers;
-        what is left aside is said.
+        transformers' order: a `model.safetensors` wins even over an index beside it, whichever was written later. What
+        is left aside is said.
         """
         names = sorted(names)
         weights = [n for n in names if n.endswith(_SUFFIX)]
@@ -154,12 +154,14 @@ class _Catalogue:
         if "adapter_config.json" in names and "adapter_model.safetensors" in names:
             self.shards = ("adapter_model.safetensors",)
             self.notes.append("a PEFT adapter: what it adds to its base, not a model")
+        elif "model" + _SUFFIX in weights:
+            self.shards = ("model" + _SUFFIX,)
+            if indexes:
+                self.notes.append(f"model{_SUFFIX} is read, as transformers does, and not what {_some(indexes)} names")
         elif len(indexes) > 1:
             self.problems.append(f"{len(indexes)} indexes ({_some(indexes)}): keep the one that is the model.")
         elif indexes:
             self._read_index(indexes[0])
-        elif "model" + _SUFFIX in weights:
-            self.shards = ("model" + _SUFFIX,)
         elif len(weights) == 1:
             self.choose_file(weights[0])
             if (shard := _SHARD.search(weights[0])) and int(shard[2]) > 1:

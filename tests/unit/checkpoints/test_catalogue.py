@@ -159,6 +159,17 @@ def test_the_index_wins_over_stray_files_and_says_so(tmp_path: Path) -> None:
     )
 
 
+def test_model_safetensors_wins_even_over_an_index_beside_it(tmp_path: Path) -> None:
+    """As transformers loads (tests/conformance/test_transformers.py): either may be the stale one."""
+    files = {"model.safetensors": floats("a"), ONE: floats("b"), INDEX: index({"b": ONE})}
+    checkpoint = catalogue(folder(tmp_path, files))
+    assert (checkpoint.shards, checkpoint.index_file, set(checkpoint.tensors)) == (("model.safetensors",), None, {"a"})
+    assert checkpoint.notes == (
+        f"'math': model.safetensors is read, as transformers does, and not what {INDEX} names",
+        f"'math': files that are not part of the model are left aside: {ONE}",
+    )
+
+
 def test_model_safetensors_wins_over_its_neighbours_and_says_so(tmp_path: Path) -> None:
     checkpoint = catalogue(folder(tmp_path, {"model.safetensors": floats("a"), "model.fp16.safetensors": floats("a")}))
     assert checkpoint.shards == ("model.safetensors",)
@@ -500,7 +511,7 @@ def test_an_index_entry_that_leaves_the_directory_is_refused(tmp_path: Path, nam
 )
 def test_a_malformed_index_is_refused(tmp_path: Path, raw: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"model\.safetensors\.index\.json: {message}"):
-        catalogue(folder(tmp_path, {INDEX: raw, "model.safetensors": floats("a")}))
+        catalogue(folder(tmp_path, {INDEX: raw, ONE: floats("a")}))
 
 
 def test_a_missing_shard_is_named_once_and_its_tensors_are_not_listed(tmp_path: Path) -> None:
