@@ -16,7 +16,7 @@ from tests.conftest import Checkpoints, random_models
 from tests.integration.command import finish, start
 from ties_dist.compiler.native import processor
 
-LOWERED = {"NUMBA_CPU_NAME": "x86-64-v2"}
+LOWERED = {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""}
 
 
 def code(cache: Path) -> set[bytes]:

@@ -74,42 +74,49 @@ def address(content: memoryview) -> int:
 
 
 class Processor(NamedTuple):
-    """What loops are compiled for. lanes: float32 that it computes at once."""
+    """What loops are compiled for, as LLVM names it. features: besides those that the name stands for."""
 
     name: str
     features: str
-    lanes: int
+
+    def has(self, feature: str) -> bool:
+        listed = self.features.split(",")
+        return f"+{feature}" in listed or (f"-{feature}" not in listed and feature in LEVELS.get(self.name, ()))
+
+    @property
+    def lanes(self) -> int:
+        """Float32 that it computes at once."""
+        return 16 if self.has("avx512f") else 8 if self.has("avx2") else 4
 
     def __str__(self) -> str:
         return f"{self.name}, {self.lanes} float32 at once"
 
 
-LEVELS = {"x86-64-v3": ("+avx2", "+f16c"), "x86-64-v4": ("+avx512f", "+avx2", "+f16c")}
+LEVELS = {"x86-64-v3": ("avx2", "f16c"), "x86-64-v4": ("avx512f", "avx2", "f16c")}
 """What the names of x86 levels stand for, as far as it matters here."""
 
 
 @lru_cache(maxsize=1)
 def processor() -> Processor:
-    """This one; or, as numba has it, what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name: a fleet of mixed machines may
-    share its kept loops then."""
+    """This one; or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say instead, as numba reads them for its own loops.
+
+    A name alone keeps the features found here (but `generic`, which has none): to lower them, say which, or "".
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    host = llvm.get_host_cpu_name()
-    name, features = os.environ.get("NUMBA_CPU_NAME") or host, os.environ.get("NUMBA_CPU_FEATURES")
+    name, features = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
     if features is None:
-        features = llvm.get_host_cpu_features().flatten() if name == host else ",".join(LEVELS.get(name, ()))
-    has = features.split(",")
-    return Processor(name, features, 16 if "+avx512f" in has else 8 if "+avx2" in has else 4)
+        features = "" if str(name).lower() == "generic" else llvm.get_host_cpu_features().flatten()
+    return Processor(llvm.get_host_cpu_name() if name is None else name, features)
 
 
 def runs_here(types: Sequence[DType]) -> bool:
     """Whether the processor can do it all: without F16C, float16 needs functions that are not there."""
-    features = processor().features
-    return "float16" not in types or "x86" not in llvm.get_process_triple() or "+f16c" in features.split(",")
+    return "float16" not in types or "x86" not in llvm.get_process_triple() or processor().has("f16c")
 
 
 def _machine() -> Any:
-    name, features, _ = processor()
+    name, features = processor()
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(
         cpu=name, features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
@@ -150,8 +157,7 @@ class KernelStore:
 
     def key(self, *facts: object) -> str:
         """Names a kernel for this processor. facts: everything its code follows from, as printed."""
-        name, features, lanes = processor()
-        text = repr((llvmlite.__version__, llvm.llvm_version_info, name, features, lanes, *facts))
+        text = repr((llvmlite.__version__, llvm.llvm_version_info, *processor(), *facts))
         return xxhash.xxh3_128_hexdigest(text.encode())
 
     def get(self, key: str) -> NativeKernel | None:
