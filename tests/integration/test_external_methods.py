@@ -242,3 +242,143 @@ def test_more_counters_than_were_declared_are_refused_before_any_work(
     assert ended.status == 2
     assert "merge_method `trimmed` declares 2 counters (positive, negative), its `merge` returns 3" in ended.err
     assert not (tmp_path / "out").exists()
+
+
+# -- what a method may do ----------------------------------------------------------------------------------------------
+
+MORE = '''
+class Centred(Largest):
+    def merge(self, base, operands, extras, state, position):
+        d = operands[0]
+        return base + (d - d.mean()), []  # of the slice
+
+class Soft(Largest):
+    """Elementwise, but torch has to be asked: there is no loop for a power."""
+    def merge(self, base, operands, extras, state, position):
+        return operands[0].abs() ** 1.7, []
+
+class Halved(Largest):
+    """In a type that no loop computes in."""
+    def merge(self, base, operands, extras, state, position):
+        return (base.bfloat16() + operands[0].bfloat16()).float(), []
+
+class Twice(Conflicting):
+    def counters(self, experts):
+        return ("conflicts", "conflicts")
+
+class Weighing(Trimmed):
+    operand: ClassVar[str] = "weight"
+
+class Failing(Largest):
+    def merge(self, base, operands, extras, state, position):
+        return base * state["missing"], []
+
+class Signless(Largest):
+    asks_majority = True
+
+class ByStages(Trimmed):
+    """Says what it needs as stages, not in short."""
+    trim = None
+
+    @property
+    def needs(self):
+        rule = TrimRule(scope="model", tie_policy="keep_all")
+        return Needs((Stage(of="magnitudes", asks=(rule,)), Stage(of="merge")))
+
+class Undecided(Ties):
+    """Takes the majority sign, and does not count where."""
+    parameters: ClassVar[tuple] = (density("share kept"), LAMBDA, WEIGHT)
+
+    @classmethod
+    def from_options(cls, options, parameters):
+        return cls()
+
+    def counters(self, experts):
+        return ("sign_sum",)
+
+    def merge(self, base, operands, extras, state, position):
+        merged, counts = super().merge(base, operands, extras, state, position)
+        return merged, counts[-1:]
+'''
+IMPORTS = """
+from ties_dist.methods import Ties
+from ties_dist.methods.base import WEIGHT
+from ties_dist.methods.needs import Needs, Stage
+"""
+
+
+@pytest.fixture
+def more(package: str, tmp_path: Path) -> str:
+    file = tmp_path / f"{package}.py"
+    file.write_text(file.read_text() + IMPORTS + MORE)
+    return package
+
+
+@pytest.mark.parametrize("command", ["plan", "merge"])
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            "Centred",
+            "cannot merge slice by slice: torch's `mean` needs more than the element it is at ({file}.py, line ",
+        ),
+        ("Twice", "declares the counter conflicts twice; each needs its own name"),
+        ("Weighing", 'trims, but takes weights: give it `operand = "delta"`'),
+        ("Failing", "fails on a slice of a few numbers: KeyError: 'missing' ({file}.py, line "),
+        ("Signless", "asks for the majority sign, but has no counter `sign_sum` to sum up"),
+    ],
+)
+def test_what_cannot_be_merged_by_is_refused_before_any_work(
+    command: str, method: str, words: str, more: str, merge_job: Checkpoints, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    trims = {"density": 0.2} if method in ("Twice", "Weighing") else None
+    recipe = merge_job([TEN, ONE, TWO], method=f"{more}:{method}", parameters=trims)
+    ended = run(capsys, command, recipe, tmp_path / "out", "--allow-external-methods")
+    assert ended.status == 2
+    assert words.format(file=more) in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_loop_runs_eagerly_says_so_and_does_not_follow_the_cut(
+    more: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Units of 1 MiB end within vectors of units of 8 MiB: there torch computes the last elements one by one.
+    models = random_models({"a": (3,), "b": (999, 1237)}, experts=2)
+    recipe = merge_job(models, method=f"{more}:Soft")
+    planned = run(capsys, "plan", recipe, "--allow-external-methods")
+    assert "runs eagerly, about 20 times slower: there is no loop for torch's `pow`." in planned.err
+    reports = [
+        ties_dist.merge(recipe, tmp_path / str(size), unit_size=size << 20, allow_external_methods=True)
+        for size in (1, 8)
+    ]
+    assert [r.kernel for r in reports] == ["eager", "eager"]
+    assert reports[0].output_digest == reports[1].output_digest
+
+
+def test_what_a_loop_would_compute_otherwise_runs_eagerly(more: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+    models = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0078125, 2.5])}]
+    recipe = merge_job(models, method=f"{more}:Halved")
+    report = ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
+    assert report.kernel == "eager"
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [1.0078125, 2.5]
+
+
+def test_needs_may_be_given_as_stages(more: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+    recipe = merge_job([TEN, ONE, TWO], method=f"{more}:ByStages", parameters={"density": 0.2})
+    report = ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
+    assert [(e.threshold, e.kept_fraction) for e in report.experts] == [(8.0, 0.3)] * 2
+
+
+def test_all_may_depend_on_a_majority_where_nobody_counts_what_does(
+    more: str, merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    # Most deltas are negative, in one place they cancel: -2 wins there.
+    base = {"w": torch.zeros(6)}
+    experts = [{"w": torch.tensor([2.0, -1.0, -1.0, -3.0, -1.0, -1.0])}, {"w": torch.tensor([-2.0, -1, -1, 0, 1, 0])}]
+    recipe = merge_job([base, *experts], method=f"{more}:Undecided", parameters={"density": 1.0})
+    report = ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
+    assert (report.majority_sign, report.redone_units) == (-1, 1)
+    merged = load_file(tmp_path / "out" / "model.safetensors")["w"].tolist()
+    assert merged == [-2.0, -1.0, -1.0, -3.0, -1.0, -1.0]

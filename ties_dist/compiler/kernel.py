@@ -74,7 +74,7 @@ class MergeKernel:
         return "eager" if self.wanted == "eager" or None in self._known.values() else "compiled"
 
     def __call__(self, slices: Sequence[Slice]) -> list[np.ndarray]:
-        """Merge slices into their `out`. Returns the counters of `eager.fuse` for each, int64."""
+        """Merge slices into their `out`. Returns the counters of `fuse` for each, int64."""
         if self.gpus is not None:
             return self.gpus.merge(slices, self.prepare_cuda)
         return [self._merge(each) for each in slices]

@@ -94,7 +94,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         call = Call(func, name, args, kwargs, [k.kind for k in known], result, self.size)
         kind = judge(call)
-        self.did.append((name, *map(self._described, (*args, *kwargs.items())), str(kind)))
+        self.did.append((name, str(kind), *map(self._described, (*args, *kwargs.items()))))
         if name in ("alias", "detach"):
             self._known[id(result)] = known[0]
             self._kept.append(result)
@@ -280,6 +280,6 @@ def _compare(one: Sequence[tuple[str, ...]], other: Sequence[tuple[str, ...]]) -
     for (op, *given), (instead, *others) in zip_longest(one, other, fillvalue=("nothing",)):
         if op != instead:
             raise NotElementwiseError(f"it does `{op}` with one slice and `{instead}` with another: {past}")
-        for a, b in zip(given, others, strict=True):
+        for a, b in zip_longest(given, others, fillvalue="nothing"):
             if a != b:
                 raise NotElementwiseError(f"torch's `{op}` gets {a} with one slice and {b} with another: {past}")

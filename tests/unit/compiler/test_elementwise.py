@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ties_dist import methods
 from ties_dist.compiler.elementwise import NotElementwiseError
+from ties_dist.compiler.kernel import MergeKernel
+from ties_dist.compiler.slices import Slice
 from ties_dist.compiler.trace import UntraceableError, trace
 from ties_dist.methods.base import count
 
@@ -58,25 +63,74 @@ def over_weights(base: Tensor, delta: Tensor, state: Numbers) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize(
-    "merge",
-    [
-        lambda b, d, s, p: b + d * s["weight"][1] * s["lambda"],
-        lambda b, d, s, p: torch.where(d.abs() >= s["weight"][-1], d, 0.0),
-        lambda b, d, s, p: over_weights(b, d, s),
-        lambda b, d, s, p: b + s["lambda"].expand_as(b),
-        lambda b, d, s, p: b + torch.full((len(b),), 0.5) + torch.zeros(b.shape) + b.new_full(b.shape, 2.0),
-        lambda b, d, s, p: b * torch.tensor(0.5),
-        lambda b, d, s, p: b + (place(b, p) & 1),
-        lambda b, d, s, p: b + ((2 * torch.ones_like(b, dtype=torch.int64).cumsum(0) + 2 * p) & 7),
-        lambda b, d, s, p: in_place(d),
-        lambda b, d, s, p: torch.where(torch.isfinite(d), d, b),
-        lambda b, d, s, p: b * (d > 0).long(),
-        lambda b, d, s, p: b.detach(),
-    ],
-)
+ELEMENTWISE: list[Method] = [
+    lambda b, d, s, p: b + d * s["weight"][1] * s["lambda"],
+    lambda b, d, s, p: torch.where(d.abs() >= s["weight"][-1], d, 0.0),
+    lambda b, d, s, p: over_weights(b, d, s),
+    lambda b, d, s, p: b + s["lambda"].expand_as(b),
+    lambda b, d, s, p: b + torch.full((len(b),), 0.5) + torch.zeros(b.shape) + b.new_full(b.shape, 2.0),
+    lambda b, d, s, p: b * torch.tensor(0.5),
+    lambda b, d, s, p: b + (place(b, p) & 1),
+    lambda b, d, s, p: b + ((2 * torch.ones_like(b, dtype=torch.int64).cumsum(0) + 2 * p) & 7),
+    lambda b, d, s, p: in_place(d),
+    lambda b, d, s, p: torch.where(torch.isfinite(d), d, b),
+    lambda b, d, s, p: b * (d > 0).long(),
+    lambda b, d, s, p: torch.where((d > 0) + (b > 0), b, d),
+    lambda b, d, s, p: b.detach(),
+]
+
+
+@pytest.mark.parametrize("merge", ELEMENTWISE)
 def test_what_needs_the_element_alone_becomes_a_loop(merge: Method) -> None:
     assert traced(merge) == "loop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(methods.Method):
+    """A method that does as a function says."""
+
+    name: ClassVar[str] = "given"
+    summary: ClassVar[str] = ""
+    operand: ClassVar[Literal["delta", "weight"]] = "delta"
+    parameters: ClassVar[tuple[()]] = ()
+    function: Method
+
+    def merge(
+        self,
+        base: Tensor,
+        operands: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        state: Mapping[str, Tensor],
+        position: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        return self.function(base, operands[0], dict(state), position), []
+
+
+@pytest.mark.parametrize("merge", ELEMENTWISE)
+def test_its_loop_gives_the_bits_that_torch_gives(merge: Method) -> None:
+    draw = np.random.default_rng(0)
+    numbers = draw.standard_normal((2, 1003)).astype(np.float32)
+    numbers[:, ::7], numbers[1, ::5] = 0.0, numbers[0, ::5]
+    state = {"weight": np.array([0.5, -1.5, 0.25], np.float32), "lambda": np.array(0.7, np.float32)}
+    made = []
+    for kind in ("compiled", "eager"):
+        kernel = MergeKernel(Given(function=merge), 1, kind)  # type: ignore[arg-type]
+        out = memoryview(bytearray(numbers[0].nbytes))
+        (counts,) = kernel(
+            [
+                Slice(
+                    operands=[row.data.cast("B") for row in numbers],
+                    types=("float32", "float32"),
+                    state=state,
+                    position=12345,
+                    out=out,
+                    out_type="float32",
+                )
+            ]
+        )
+        assert kernel.kind == kind
+        made.append((counts.tolist(), bytes(out)))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +214,10 @@ def written_by_numpy(delta: Tensor) -> Tensor:
         (lambda b, d, s, p: d / b.numel(), PAST),
         (lambda b, d, s, p: d * b.shape[0], PAST),
         (branch(lambda d, s: len(d) > 100), PAST),
+        (
+            lambda b, d, s, p: d.clamp(-1, *([1] if len(d) > 100 else [])),
+            "torch's `clamp` gets nothing with one slice and 1 with another",
+        ),
         (lambda b, d, s, p: b + torch.arange(len(b)), f"torch's `arange` {MORE}"),
         (lambda b, d, s, p: b + torch.ones_like(b, dtype=torch.int64).cumsum(0), ALONE),
         (lambda b, d, s, p: b + p, ALONE),
