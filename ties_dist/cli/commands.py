@@ -84,7 +84,8 @@ def submit_command(
     """
     log(0, quiet=False)
     # A misspelt option is found here, not in the log of a job.
-    with merge_command.make_context("merge", [str(recipe), str(out), *merge_options]) as parsed:
+    above = click.get_current_context().parent
+    with merge_command.make_context("merge", [str(recipe), str(out), *merge_options], parent=above) as parsed:
         if (parsed.params["recipe"], parsed.params["out"]) != (recipe, out):
             raise click.UsageError("RECIPE and OUT come first, options of `merge` after them.")
         cache = parsed.params["cache_dir"]

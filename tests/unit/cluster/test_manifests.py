@@ -226,7 +226,7 @@ def command_lines() -> list[tuple[str, list[str]]]:
 def parse(line: list[str]) -> dict[str, Any]:
     """By our own command line, without running anything."""
     assert line[0] == "ties-dist"
-    with click.Context(cli) as above:
+    with click.Context(cli, **cli.context_settings) as above:
         command = cli.get_command(above, line[1])
         assert command is not None, line[1]
         return command.make_context(line[1], list(line[2:]), parent=above).params

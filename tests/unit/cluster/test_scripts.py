@@ -217,7 +217,7 @@ def slurm(commands: Commands, merge: str = "exit 0", plan: str = "exit 0") -> No
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    with click.Context(cli) as above:
+    with click.Context(cli, **cli.context_settings) as above:
         command = cli.get_command(above, words[0])
         assert command is not None
         return command.make_context(words[0], list(words[1:]), parent=above).params
