@@ -104,34 +104,42 @@ class DictPlace:
 
 @dataclass
 class DictWriter:
+    """As of a disk: what it has open it writes to, though that has lost its name to a copy."""
+
     place: DictPlace
     parts: str
     fence: Check
+    _open: dict[str, bytearray] = field(default_factory=dict)
 
-    def _name(self, name: str) -> str:
+    def _file(self, name: str) -> bytearray:
         part = _in(self.parts, partial_name(name))
-        return part if part in self.place.files else name
+        found = self._open.get(name, self.place.files.get(part, self.place.files.get(name)))
+        if found is None:
+            raise OutputError(f"cannot write {name}: it is missing.")
+        return self._open.setdefault(name, found)
 
     def create(self, name: str, size: int) -> None:
         part = _in(self.parts, partial_name(name))
         if self.place.size(part) != size or not self.place.reads_parts:
             self.place.put(part, bytes(size))
+            self._open.pop(name, None)
 
     def write(self, name: str, start: int, block: memoryview) -> None:
+        file = self._file(name)
         self.fence()
-        self.place.files[self._name(name)][start : start + len(block)] = block
+        file[start : start + len(block)] = block
 
     def sync(self, names: Sequence[str]) -> None:
         """As durable as it gets."""
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
-        found = self.place.files.get(self._name(name), bytearray())
+        found = self._file(name)
         if stop > len(found):
             raise OutputError(f"{name} ends at {len(found):,}, before {stop:,}.")
         return memoryview(bytes(found[start:stop]))
 
     def close(self) -> None:
-        """Nothing is open."""
+        self._open.clear()
 
 
 def _in(folder: str, name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import LogProgress, Silent
 from ties_dist.storage.local_place import LocalPlace
 from ties_dist.storage.place import Place, partial_name
+from ties_dist.values.items import MergeTask
 
 SHAPES = {"a.weight": (1024, 640), "b.weight": (1024, 640), "c.weight": (300, 11)}
 
@@ -139,6 +142,16 @@ class PlaceContract:
         place.copy("a", "b")
         assert (place.read("a"), place.read("b")) == (b"old", b"old")
 
+    def test_who_has_the_old_one_open_does_not_reach_a_copy(self, place: Place) -> None:
+        place.make("parts")
+        late = place.writer("parts")
+        late.create("a", 4)
+        late.write("a", 0, memoryview(b"done"))
+        place.copy(f"parts/{partial_name('a')}", f"parts/{partial_name('a')}")
+        late.write("a", 0, memoryview(b"late"))
+        late.close()
+        assert place.read(f"parts/{partial_name('a')}") == b"done"
+
     def test_what_is_retired_is_gone_and_the_rest_stays(self, place: Place) -> None:
         for name in ("a", "b", "c"):
             place.put(name, name.encode())
@@ -199,14 +212,60 @@ class PlaceContract:
         checked = verify(place, RunOptions(), sample=1.0, progress=Silent())
         assert checked.remerged_units == checked.units == 2
 
+    def test_what_a_lost_worker_may_still_write_reaches_no_file_in_use(
+        self, place: Place, job: Callable[[], Job], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """When all is merged, just before names are given, and after the end; the guess has been corrected since."""
+        executor, prepared = LocalExecutor(1), job()
+        item = next(iter(prepared.plan.items()))
+        late, give_names = place.writer(f".ties_dist/{prepared.plan.fingerprint}/parts"), engine.give_names
+
+        def arrive() -> None:
+            late.write(item.ranges[0].file, 0, memoryview(b"merged with a guess that was wrong"))
+
+        def merged(run: engine.Run) -> None:
+            executor.usage.unanswered[1] = (MergeTask(item=item, cuts={}, majority=1),)
+            arrive()
+
+        def naming(*given: Any) -> None:
+            arrive()
+            give_names(*given)
+
+        monkeypatch.setattr(engine, "_check_inputs", merged)
+        monkeypatch.setattr(engine, "give_names", naming)
+        engine.run(prepared, place, executor=executor, progress=Silent())
+        arrive()
+        late.close()
+        assert verify(place, RunOptions(), sample=1.0, progress=Silent()).skipped is None  # nor damaged
+
     def merge(self, place: Place, job: Job) -> MergeReport:
         return engine.run(job, place, executor=LocalExecutor(1), progress=LogProgress())
 
 
 class TestLocalPlace(PlaceContract):
+    def test_a_place_that_travels_is_the_same_elsewhere(
+        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place.put("a", b"here")
+        sent = pickle.dumps(place)
+        monkeypatch.chdir(tmp_path)
+        assert pickle.loads(sent).read("a") == b"here"
+
     @pytest.fixture
     def place(self, tmp_path: Path) -> Place:
         place = LocalPlace(tmp_path / "out")
+        place.make()
+        return place
+
+
+class TestLocalPlaceNamedFromHere(TestLocalPlace):
+    """A relative path, as a user gives it."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        place = LocalPlace(Path("out"))
         place.make()
         return place
 

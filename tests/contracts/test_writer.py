@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.places import DictPlace
 from ties_dist.errors import LockedError, OutputError
 from ties_dist.storage.base import BLOCK_BYTES, Writer
 from ties_dist.storage.buffers import Buffers
@@ -155,6 +156,12 @@ class TestLocalWriter(LocalWriterContract):
 
 class TestDirectWriter(LocalWriterContract):
     direct_from = 0
+
+
+class TestWriterOfAPlaceInADictionary(WriterContract):
+    @pytest.fixture
+    def writer(self) -> Writer:
+        return DictPlace().writer("")
 
 
 class TestMemoryWriter(WriterContract):
