@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +15,7 @@ from rich.table import Table
 from ties_dist.analysis.figures import Analysis, Group, MeanMagnitudes
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.messages import readable
+from ties_dist.methods.base import Method
 from ties_dist.methods.known import METHODS
 from ties_dist.output.report import MergeReport, tie_warning
 
@@ -266,15 +267,13 @@ def methods_document() -> list[dict[str, object]]:
             "name": name,
             "summary": method.summary,
             "statistics": method.statistics,
-            "reads": "once, or twice where thresholds cannot be predicted"
-            if "trim_scope" in method.options
-            else "once",
+            "reads": _reads(method),
             "parameters": [
                 {
                     "name": p.name,
                     "kind": p.kind,
                     "default": p.default,
-                    "required": p.default is None and not p.ignored,
+                    "required": p.required,
                     "per_model": p.per_model,
                     "note": p.note,
                 }
@@ -288,16 +287,17 @@ def methods_document() -> list[dict[str, object]]:
 
 def methods_table() -> None:
     console = _console()
-    for found in methods_document():
-        console.print(f"{found['name']}: {found['summary']}", soft_wrap=True)
+    for name, method in METHODS.items():
+        console.print(f"{name}: {method.summary}", soft_wrap=True)
         table = Table("parameter", "default", "per model", "")
-        for p in cast("list[dict[str, object]]", found["parameters"]):
-            default = "required" if p["required"] else str(p["default"]).lower()
-            table.add_row(str(p["name"]), default, "yes" if p["per_model"] else "", str(p["note"]))
+        for p in method.parameters:
+            default = "required" if p.required else str(p.default).lower()
+            table.add_row(p.name, default, "yes" if p.per_model else "", p.note)
         console.print(table)
-        options = cast("list[str]", found["options"])
-        reads = str(found["reads"]) + (
-            f"; needs `ties-dist collect {found['statistics']}`" if found["statistics"] else ""
-        )
-        tail = f"; options of its own (docs/recipe.md): {', '.join(options)}" if options else ""
-        console.print(f"reads the inputs {reads}{tail}\n", soft_wrap=True)
+        needs = f"; needs `ties-dist collect {method.statistics}`" if method.statistics else ""
+        own = f"; options of its own (docs/recipe.md): {', '.join(sorted(method.options))}" if method.options else ""
+        console.print(f"reads the inputs {_reads(method)}{needs}{own}\n", soft_wrap=True)
+
+
+def _reads(method: type[Method]) -> str:
+    return "once, or twice where thresholds cannot be predicted" if "trim_scope" in method.options else "once"

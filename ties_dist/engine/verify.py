@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 from ties_dist.engine.passes import Forgetful, Passes
 from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDistError
@@ -168,16 +167,16 @@ def _recipe(out: Place, models: Mapping[str, Sequence[str]]) -> Mapping[str, obj
         raise OutputError(f"{out} has no {RECIPE_COPY}, by which a sample could be merged again.")
     document, _, _ = read_document(text.decode(errors="replace"))
 
-    def placed(value: Any) -> Any:
+    def placed(key: str, value: object) -> object:
         if isinstance(value, Mapping):
-            keys = ("model", "base_model", "elect_from", "statistics")
-            return {k: found(v) if k in keys else placed(v) for k, v in value.items()}
-        return [placed(v) for v in value] if isinstance(value, list) else value
+            return {k: placed(k, v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [placed("", v) for v in value]
+        if isinstance(value, str) and key in ("model", "base_model", "elect_from", "statistics") and value in models:
+            return as_seen_from(str(out), models[value])
+        return value
 
-    def found(model: Any) -> Any:
-        return as_seen_from(str(out), models[model]) if model in models else model
-
-    return cast("Mapping[str, object]", placed(document))
+    return {key: placed(key, value) for key, value in document.items()}
 
 
 def _passes(job: Job) -> Passes:

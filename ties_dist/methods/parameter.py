@@ -24,3 +24,7 @@ class Parameter:
     ignored: bool = False
     """Accepted for the dialect's sake, without effect, and said."""
     note: str = ""
+
+    @property
+    def required(self) -> bool:
+        return self.default is None and not self.ignored

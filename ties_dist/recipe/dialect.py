@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ties_dist.messages import nearest
 from ties_dist.methods.parameter import Parameter
 from ties_dist.recipe.options import COMMON_OPTIONS, PRESET_DEFAULTS, Options, complete_options, default_semantics_note
 from ties_dist.recipe.references import Location, locate
 from ties_dist.recipe.values import Setting, constant, read_setting
+
+if TYPE_CHECKING:
+    from ties_dist.methods.base import Method
 
 _TOP_LEVEL = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "ties_dist")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -48,6 +51,9 @@ class MethodSpec(Protocol):
     @property
     def options(self) -> frozenset[str]:
         """Keys of the `ties_dist:` block it understands, besides exclude, vocab, non_float and semantics."""
+
+    def from_options(self, options: Mapping[str, object], parameters: Mapping[str, float]) -> Method:
+        """The method that a recipe describes."""
 
 
 def has_presets(spec: MethodSpec) -> bool:

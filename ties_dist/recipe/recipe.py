@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import yaml
 
@@ -87,7 +86,7 @@ class Recipe:
         if ":" not in self.method:
             return {}
         try:
-            return {"method_code": inspect.getsource(sys.modules[cast(type, self.spec).__module__])}
+            return {"method_code": inspect.getsource(sys.modules[self.spec.__module__])}
         except (OSError, TypeError):  # compiled, or typed in
             return {}
 
