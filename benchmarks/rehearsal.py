@@ -42,7 +42,7 @@ from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.opening import identify
 from ties_dist.methods.known import METHODS
-from ties_dist.planning.options import Resources
+from ties_dist.planning.options import Resources, RunOptions
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job, assemble
 from ties_dist.progress import LogProgress
@@ -293,7 +293,7 @@ class Stage:
         }
         recipe = load_recipe(document, methods=METHODS)
         opened = [open_checkpoint(p, name=p.name, reader=lambda path: self.readers[path]) for p in self.readers]
-        return assemble(recipe, opened, [identify(c) for c in opened], self.resources)
+        return assemble(recipe, opened, [identify(c) for c in opened], RunOptions(), self.resources)
 
     def passes(self, plan: MergePlan, speculate: bool | None = None) -> Passes:
         kernels = KernelStore(cache_folder(None) / KERNELS)

@@ -48,11 +48,6 @@ def merge(
             executor=hired.executor,
             progress=progress or LogProgress(),
             store=StatisticsStore(chosen.cache),
-            fresh=chosen.fresh,
-            overwrite=chosen.overwrite,
-            wait=chosen.wait,
-            trust_journal=chosen.trust_journal,
-            speculate=chosen.speculate,
             stop=stop,
             gpus=hired.gpus,
         )

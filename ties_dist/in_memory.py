@@ -64,15 +64,15 @@ def merge_state_dicts(
     recipe = load_recipe(document, methods=METHODS, semantics=semantics, fetch=lambda location: Path(location.text))
     parts = [base if base is not None else experts[0], *experts, *([elect_from] if elect_from is not None else [])]
     opened = [_in_memory(name, tensors) for name, tensors in zip(("base", *names, "elect_from"), parts, strict=False)]
-    resources = RunOptions(threads=threads, kernel=kernel).resources()
-    job = assemble(recipe, opened, [str(i) for i in range(len(opened))], resources)
+    chosen = RunOptions(threads=threads, kernel=kernel)
+    job = assemble(recipe, opened, [str(i) for i in range(len(opened))], chosen)
     readers = {
         m.path: c.opened for m, c in zip((job.plan.base, *job.plan.experts, *job.plan.extras), opened, strict=True)
     }
     writer = MemoryWriter()
     for shard in job.plan.layout.shards:
         writer.create(shard.name, shard.size)
-    worker = Worker(job.plan, lambda model: readers[model.path], kernel, KernelStore(resources.kernel_cache))
+    worker = Worker(job.plan, lambda model: readers[model.path], kernel, KernelStore(job.resources.kernel_cache))
     Passes(
         plan=job.plan,
         step=MergeStep(worker, writer),

@@ -421,6 +421,7 @@ def test_a_checkpoint_in_the_place_of_the_recipe_is_refused(merge_job: Checkpoin
         (("--executor", "ray", "--address", "ray://head:10001"), ("ties-dist submit RECIPE OUT --address http://",)),
         (("--executor", "ray", "--worker-resource", "spot"), ("'spot' is not NAME=NUMBER",)),
         (("--workers", "4"), ("--workers", "go with --executor ray")),
+        (("--worker-timeout", "5"), ("--worker-timeout", "go with --executor ray")),
         (("--executor", "local", "--node-label", "a=b"), ("--node-label", "go with --executor ray")),
         (("--executor", "dask"), ("dask", "auto", "local", "ray")),
         (("--semantics", "papr"), ("--semantics: no semantics 'papr'; did you mean 'paper'?",)),

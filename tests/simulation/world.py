@@ -241,8 +241,10 @@ class Schedule:
         out = self.world.folder / f"out-{self.seed}"
         self.clock, self.late = Clock(), list[Callable[[], None]]()
         disk = Disk(out, draw)
-        self.job, self.out, self.disk = job, out, disk
-        self.speculate = draw.choice([None, True, False])
+        self.out, self.disk = out, disk
+        thresholds = draw.choice(["auto", "speculate", "scan"])
+        self.job = replace(job, options=replace(job.options, wait=True, threshold_pass=thresholds))
+        _ = self.job.stamps
         report: MergeReport | None = None
         try:
             with disk.hooked(), pytest.MonkeyPatch.context() as patched:
@@ -373,8 +375,6 @@ class Schedule:
                     LocalPlace(self.out),
                     executor=executor,
                     progress=Quiet(),
-                    speculate=self.speculate,
-                    wait=True,
                 )
             except (UnitError, OutputError) as error:  # a unit that failed again and again: the command is repeated
                 if isinstance(error, LockedError):

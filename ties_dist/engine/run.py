@@ -94,28 +94,23 @@ def run(
     executor: Executor,
     progress: Progress,
     store: StatisticsStore | None = None,
-    fresh: bool = False,
-    overwrite: bool = False,
-    wait: bool = False,
-    trust_journal: bool = False,
-    speculate: bool | None = None,
     stop: threading.Event | None = None,
     gpus: Gpus | None = None,
     also: Sequence[MergePlan] = (),
 ) -> MergeReport:
-    """Merge a prepared job into OUT. trust_journal: take journalled ranges over without reading them again.
+    """Merge a prepared job into OUT, as its options say.
 
     also: merges of the same inputs that will look for their thresholds in the store; a scan counts them too.
 
     Raises OutputError, LockedError, PlanError, NumericError, CheckpointError, StoppedError, ProofError.
     """
-    began = time.monotonic()
+    began, options = time.monotonic(), job.options
     folder = OutFolder(place=out, fingerprint=job.plan.fingerprint)
     folder.check([model.path for model in job.plan.models])
     _ = job.stamps  # taken now: while this run waits for the lock, its inputs may change
     noted = Noted(progress)
-    with hold(folder, executor, noted, wait=wait, stop=stop) as lock:
-        if (done := claim(folder, job, fresh=fresh, overwrite=overwrite)) is not None:
+    with hold(folder, executor, noted, wait=options.wait, stop=stop) as lock:
+        if (done := claim(folder, job)) is not None:
             lock.settle(lock.doubts)
             return done
         with open_run(job, folder, lock, executor, gpus) as opened:
@@ -128,9 +123,9 @@ def run(
                 store=store,
                 scan_snapshot=Snapshot(out, f"{folder.run}/scan.npz"),
                 also=also,
-                speculate=speculate,
+                speculate=options.speculate,
                 found=resume(opened),
-                trust=trust_journal,
+                trust=options.trust_journal,
             )
             return publish(opened, passes.run(), began)
 
@@ -209,7 +204,7 @@ def publish(run: Run, passes: Passes, began: float) -> MergeReport:
     companions = companion_files(beside, job.recipe, model_card(job.recipe, report), job.companions)
     origin = Origin(
         models={m.text: tuple(m.relative_to(str(run.folder.place))) for m in models_of(job.recipe)},
-        max_shard_bytes=job.max_shard_bytes,
+        max_shard_bytes=job.options.max_shard_size,
         thresholds=passes.model_cuts,
         majority=report.majority_sign,
         stamps=job.stamps,

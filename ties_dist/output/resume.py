@@ -21,12 +21,13 @@ SPARE_BYTES = 64 << 20
 """Journals, companions and the file system's own needs."""
 
 
-def claim(out: OutFolder, job: Job, *, fresh: bool, overwrite: bool) -> MergeReport | None:
+def claim(out: OutFolder, job: Job) -> MergeReport | None:
     """Make OUT ready for this job (called with its lock held), or return the report of the same merge, done before.
 
     Raises OutputError where OUT holds something else, CheckpointError where inputs changed since an interruption.
     """
     out.fence()
+    fresh, overwrite = job.options.fresh, job.options.overwrite
     done = out.finished()
     if done is not None and done.fingerprint == out.fingerprint and not (fresh and overwrite):
         manifest = out.manifest()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import cast
 
 from ties_dist.adapters.merging import on_factors
 from ties_dist.checkpoints.catalogue import Checkpoint
@@ -41,8 +40,8 @@ class Job:
     base_path: Path
     merge_set: MergeSet
     notes: tuple[str, ...]
+    options: RunOptions
     resources: Resources
-    max_shard_bytes: int | None
     companions: Mapping[str, bytes] = field(default_factory=dict)
     """Files of the output that are made, not copied."""
 
@@ -66,13 +65,12 @@ def prepare(
     Raises RecipeError, CheckpointError, PlanError.
     """
     options = options or RunOptions()
-    resources = resources or options.resources()
     _allow_many_files()
     methods = known_methods(allow_external=options.allow_external_methods)
     chosen = load_recipe(recipe, methods=methods, semantics=options.semantics, root=root, fetch=fetch)
     references = models_of(chosen)
-    opened, identities = open_all(references, resources.backend)
-    return assemble(chosen, opened, identities, resources, options.max_shard_size)
+    opened, identities = open_all(references, options.read_backend)
+    return assemble(chosen, opened, identities, options, resources)
 
 
 def _allow_many_files() -> None:
@@ -86,14 +84,14 @@ def assemble(
     recipe: Recipe,
     opened: Sequence[Checkpoint],
     identities: Sequence[str],
-    resources: Resources,
-    max_shard_bytes: int | None = None,
+    options: RunOptions,
+    resources: Resources | None = None,
 ) -> Job:
     """The job of a recipe whose models are open, in the order of `models_of`. Raises CheckpointError, PlanError."""
-    method = _method(recipe)
+    method, resources = _method(recipe), resources or options.resources()
     inputs = arrange(recipe, method, opened, identities)
     merge_set = _compare(recipe, method, inputs)
-    layout = _lay_out(recipe, merge_set, inputs, max_shard_bytes)
+    layout = _lay_out(recipe, merge_set, inputs, options.max_shard_size)
     matrices = _matrices(layout.tensors, inputs.stores) if method.needs.statistics == "gram" else {}
     memory = fit(method, layout, [each.input for each in inputs.alike], matrices, resources)
     plan = MergePlan(
@@ -119,14 +117,14 @@ def assemble(
         base_path=models_of(recipe)[0].path,
         merge_set=merge_set,
         notes=tuple(_notes(recipe, plan, inputs, merge_set)),
-        max_shard_bytes=max_shard_bytes,
+        options=options,
         resources=resources,
         companions=inputs.companions,
     )
 
 
 def _method(recipe: Recipe) -> Method:
-    return cast("type[Method]", recipe.spec).from_options(
+    return recipe.spec.from_options(
         {**recipe.options.model_dump(), "elect_from": recipe.elect_from},
         {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
     )

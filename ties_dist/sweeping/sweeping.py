@@ -29,7 +29,6 @@ from ties_dist.storage.local_place import LocalPlace
 from ties_dist.sweeping.shared import Meeting, SharedExecutor
 
 MOST_VARIANTS = 64
-SWEPT = ("density", "lambda")
 
 
 def parse_values(text: str, name: str) -> list[float]:
@@ -140,10 +139,6 @@ def sweep(
                 progress=(progress or LogProgress()) if number == 0 else Silent(),
                 store=StatisticsStore(common.cache),
                 also=[j.plan for j in jobs[number + 1 :]],
-                fresh=common.fresh,
-                overwrite=common.overwrite,
-                wait=common.wait,
-                trust_journal=common.trust_journal,
                 stop=stop,
             )
         except BaseException as error:
