@@ -198,12 +198,14 @@ def test_a_warning_in_a_phase_stands_on_its_own_line(
 
 def test_a_second_ctrl_c_leaves_a_cursor(command: Callable[[str], list[str]]) -> None:
     code = (
-        "import os, signal\n"
+        "import os, signal, time\n"
         "from ties_dist.cli.commands import main\n"
         "from ties_dist.cli.bars import BarProgress\n"
         "def advance(self, done_bytes):\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
         "BarProgress.advance = advance\n"
+        "leave = os._exit\n"
+        "os._exit = lambda status: (time.sleep(0.3), leave(status))\n"  # the bar's thread draws ten times a second
         "main()"
     )
     arguments, screen = command("merge"), Screen()

@@ -128,9 +128,15 @@ def signals() -> Iterator[threading.Event]:
 
 
 def _show_cursor() -> None:
-    """Of a bar that nobody will end. Past the stream, which the code that was interrupted may be writing to."""
+    """Of a bar that nobody will end, and the last word: its thread still draws, from here on into nothing.
+
+    Past the stream, which the code that was interrupted may be writing to.
+    """
     if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")
+        shown = sys.stderr.fileno()
+        screen = os.dup(shown)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), shown)
+        os.write(screen, b"\x1b[?25h\n")
 
 
 class Interrupted(StoppedError):
