@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ties_dist.analysis.figures import Analysis, Group, MeanMagnitudes
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.messages import readable
 from ties_dist.methods.base import Method
@@ -20,6 +19,7 @@ from ties_dist.methods.known import METHODS
 from ties_dist.output.report import MergeReport, tie_warning
 
 if TYPE_CHECKING:
+    from ties_dist.analysis.figures import Analysis, Group, MeanMagnitudes
     from ties_dist.engine.forecast import PlanReport
     from ties_dist.sweeping.sweeping import Swept
 

@@ -10,7 +10,7 @@ from functools import wraps
 from inspect import Parameter, cleandoc, signature
 from pathlib import Path
 from textwrap import fill
-from typing import ParamSpec, TypedDict, TypeVar, get_type_hints
+from typing import ParamSpec, TypedDict, TypeVar
 
 from ties_dist.compiler.kinds import KernelKind
 from ties_dist.messages import nearest
@@ -68,7 +68,7 @@ class MergeKeywords(SweepKeywords, total=False):
 
 def chosen(keywords: type[PlanKeywords]) -> list[Option]:
     """The options that these are, in the order in which they are told."""
-    return [each for each in options_of(RunOptions) if each.name in get_type_hints(keywords)]
+    return [each for each in options_of(RunOptions) if each.name in keywords.__annotations__]
 
 
 def takes(keywords: type[PlanKeywords]) -> Callable[[Callable[P, R]], Callable[P, R]]:
