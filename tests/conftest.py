@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,27 @@ from tests.turns import (  # noqa: F401
     pytest_runtest_protocol,
     pytest_sessionfinish,
 )
+from ties_dist.cache import KERNELS
 
 Checkpoints = Callable[..., Path]
 
 
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled loops, for all tests of a run and all its workers: compiling one takes half a second of a core."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / KERNELS
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def statistics_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def statistics_cache(
+    tmp_path_factory: pytest.TempPathFactory, kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """No test sees statistics that another one, or the user, has cached."""
     folder = tmp_path_factory.mktemp("statistics")
+    (folder / KERNELS).symlink_to(kernels)
     monkeypatch.setenv("TIES_DIST_CACHE", str(folder))
     yield folder
 

@@ -38,7 +38,7 @@ REPORTED = {
     *("elapsed_seconds", "peak_rss_bytes", "projected_bytes", "units", "resumed_units", "executor", "output_digest"),
 }
 REPORTED_OF_AN_EXPERT = {"name", "density", "kept_fraction", "kept_nonzero_fraction", "tie_fraction", "threshold"}
-"""What the issue promises of `--json`."""
+"""What users may rely on in the output of `--json`."""
 
 
 @pytest.fixture
