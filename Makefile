@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 # torch's OpenMP threads spin while they wait; on a busy machine that makes a fine-tuning step 5 to 8 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check drill drill-ray simulate bench paper paper-quick clean
+.PHONY: demo test check test-all drill drill-ray simulate bench paper paper-quick clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart/run.py
@@ -23,6 +23,9 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+# All there is to test, before a release; about an hour and a half.
+test-all: test drill drill-ray simulate
 
 # 100 merges, each killed several times at random moments; about 15 minutes.
 drill: .venv/installed
