@@ -57,9 +57,9 @@ def merge(
 def plan(
     recipe: RecipeSource, out: Path | str | None = None, *, sample: bool = False, **options: Unpack[PlanKeywords]
 ) -> PlanReport:
-    """What `merge` would do, from headers alone; with `sample`, some pages of every model as well.
+    """What `merge` would do, from headers and a few pages; with `sample`, more pages of every model.
 
     Raises what `merge` would before it starts to work.
     """
-    job = prepare(as_source(recipe), RunOptions(**options))
+    job = prepare(as_source(recipe), RunOptions(**options), prove=False)
     return forecast(job, None if out is None else LocalPlace(Path(out)), sample=sample)

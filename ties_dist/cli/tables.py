@@ -196,7 +196,7 @@ def plan_table(report: PlanReport) -> None:
         "method": f"{report.method}{f' ({report.semantics})' if report.method == 'ties' else ''}",
         "experts": ", ".join(report.experts),
         "tensors": f"{report.tensors:,}, of which {report.merged_tensors:,} are merged",
-        "elements (d)": f"{report.elements:,}",
+        "elements (d)": f"{report.elements:,}" + _conditions(report),
         "output": f"{report.shards} shard{'s' * (report.shards != 1)}, {readable(report.write_bytes)}",
         "units": f"{report.units:,} of {readable(report.unit_bytes)}, {report.threads} threads",
         "reads of the inputs": f"{best} ({reads[0]})"
@@ -206,7 +206,7 @@ def plan_table(report: PlanReport) -> None:
         "disk": f"{readable(report.disk_needed_bytes)} needed"
         + (f", {readable(report.disk_free_bytes)} free" if report.disk_free_bytes is not None else ""),
         **({"OUT holds": report.out_holds} if report.out_holds is not None else {}),
-        "fingerprint": report.fingerprint,
+        "fingerprint": report.fingerprint or "known once that is proven",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -228,6 +228,12 @@ def plan_table(report: PlanReport) -> None:
             )
         console.print(predicted)
         console.print(f"about {report.sample.seconds:.0f} s, at the rate the sample was read")
+
+
+def _conditions(report: PlanReport) -> str:
+    if not report.unproven:
+        return ""
+    return f" if {' and '.join(report.unproven)}, which the merge proves (reads {readable(report.proof_bytes)})"
 
 
 def inspect_document(found: Checkpoint) -> dict[str, object]:

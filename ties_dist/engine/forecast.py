@@ -30,7 +30,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """What a merge will do. passes and bytes: best and worst case. disk_free_bytes, out_holds: None without an OUT."""
+    """What a merge will do. passes and bytes: best and worst case. disk_free_bytes, out_holds: None without an OUT.
+
+    unproven: each `A is B`; elements and what follows from them hold if it is so, which a merge finds out by reading
+    proof_bytes. The fingerprint is None until then.
+    """
 
     method: str
     semantics: str
@@ -50,9 +54,11 @@ class PlanReport:
     disk_needed_bytes: int
     disk_free_bytes: int | None
     out_holds: str | None
-    fingerprint: str
+    fingerprint: str | None
     notes: tuple[str, ...]
     sample: Sample | None = None
+    unproven: tuple[str, ...] = ()
+    proof_bytes: int = 0
 
 
 def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
@@ -78,9 +84,11 @@ def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
         disk_needed_bytes=chosen.layout.total_bytes + sum(m.nbytes for m in chosen.matrices.values()),
         disk_free_bytes=None if out is None else out.free(),
         out_holds=None if out is None else _holds(out, chosen),
-        fingerprint=chosen.fingerprint,
+        fingerprint=None if job.unproven else chosen.fingerprint,
         notes=job.notes,
         sample=_sample(job) if sample else None,
+        unproven=tuple(dict.fromkeys(f"{each.right} is {each.left}" for each in job.unproven)),
+        proof_bytes=sum(each.nbytes for each in job.unproven),
     )
 
 

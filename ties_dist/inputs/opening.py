@@ -1,4 +1,4 @@
-"""The models and statistics that a plan reads: opened, named by their content, compared, and stamped."""
+"""The models and statistics that a plan reads: opened, named by their content, and stamped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from ties_dist.adapters.merging import open_alone
 from ties_dist.adapters.peft import Adapter, adapt, read_adapter
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
 from ties_dist.checkpoints.parameters import OpenFiles
-from ties_dist.compiler.slices import decoded
 from ties_dist.errors import CheckpointError
-from ties_dist.inputs.congruence import EqualCheck, MergeSet
-from ties_dist.messages import listing
 from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
 from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
@@ -25,14 +22,13 @@ from ties_dist.storage.base import Backend
 from ties_dist.storage.digests import digest
 from ties_dist.storage.readers import open_reader
 from ties_dist.values.inputs import Input
-from ties_dist.values.views import Files, Operand, Piece
+from ties_dist.values.views import Piece
 
 logger = logging.getLogger(__name__)
 
 SAMPLED_PAGES = 16
 """Pages of each file that go into its identity, beside header and size."""
 PAGE_BYTES = 4096
-COMPARED_AT_ONCE = 8 << 20
 
 
 def open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[list[Checkpoint], list[str]]:
@@ -94,35 +90,15 @@ def identify(checkpoint: Checkpoint) -> str:
     return digest(repr(parts).encode())
 
 
-def compare_bytes(opened: Sequence[Checkpoint], merge_set: MergeSet) -> None:
-    """Read the few tensors that must be equal (tied heads, non-float tensors). Raises CheckpointError naming all."""
-    problems = [
-        check.message
-        for check in merge_set.equal
-        if not _equal(opened[check.left_model].opened, opened[check.right_model].opened, check)
-    ]
-    if problems:
-        raise CheckpointError(listing("tensors that must be equal are not:", problems))
-
-
-def _equal(left: Files, right: Files, check: EqualCheck) -> bool:
-    a, b = check.left, check.right
-    step = max(1, COMPARED_AT_ONCE * a.numel // max(1, a.nbytes))
-    for start in range(0, a.numel, step):
-        stop = min(a.numel, start + step)
-        one, other = a.view.read(left, start, stop), b.view.read(right, start, stop)
-        try:
-            if _bytes(one, stop - start) != _bytes(other, stop - start):
-                return False
-        finally:
-            one.release()
-            other.release()
-    return True
-
-
-def _bytes(operand: Operand, elements: int) -> bytes:
-    content = operand.content
-    return bytes(content) if isinstance(content, memoryview) else decoded(operand, 0, elements).tobytes()
+def contents_of(references: Sequence[ModelReference], identities: Sequence[str]) -> list[str]:
+    """Names of what the files of models hold today: more than identities, which sample, for what no merge proves."""
+    found = []
+    for reference, identity in zip(references, identities, strict=True):
+        folders = [each for each in (reference.path, reference.adapter) if each is not None]
+        files = [file for each in folders for file in (each.glob("*.safetensors") if each.is_dir() else [each])]
+        stats = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
+        found.append(repr([identity, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]))
+    return found
 
 
 def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | None) -> Callable[[Input], OpenFiles]:

@@ -25,8 +25,8 @@ from ties_dist.values.items import Portion, Range, WorkItem
 from ties_dist.values.numbers import TensorNumbers
 from ties_dist.values.views import read_bytes
 
-SEMANTICS_VERSION = 1
-"""Goes into the fingerprint; raised when the arithmetic of semantics.md changes."""
+SEMANTICS_VERSION = 2
+"""Goes into the fingerprint; rises when the same recipe gives other bytes. 2: names of one parameter count once."""
 
 OPERATIONS_PER_BYTE = 10
 """5 GFLOP/s and 0.5 GB/s a core, roughly."""
@@ -91,13 +91,13 @@ class MergePlan:
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """All output tensors in canonical order."""
+        """All output tensors by name."""
         return tuple(self.layout.tensors)
 
     @cached_property
     def counted(self) -> tuple[TensorSpec, ...]:
-        """The tensors that make up d, in canonical order."""
-        return tuple(t for t in self.tensors if t.counted)
+        """The tensors that make up d, in the order of their canonical names."""
+        return tuple(sorted((t for t in self.tensors if t.counted), key=lambda t: t.source))
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:

@@ -12,8 +12,10 @@ from ties_dist.adapters.merging import on_factors
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.dtypes import HEADER_DTYPES
 from ties_dist.errors import CheckpointError, RecipeError
-from ties_dist.inputs.congruence import MergeSet, compare
-from ties_dist.inputs.opening import compare_bytes, open_all, stamp_inputs
+from ties_dist.inputs.aliases import Aliases, find_aliases
+from ties_dist.inputs.congruence import MergeSet, compare, compare_bytes
+from ties_dist.inputs.equality import Equality, Unproven
+from ties_dist.inputs.opening import contents_of, open_all, stamp_inputs
 from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
@@ -24,8 +26,9 @@ from ties_dist.planning.memory import fit
 from ties_dist.planning.options import Resources, RunOptions
 from ties_dist.planning.plan import Matrix, MergePlan, fingerprint
 from ties_dist.recipe.document import RecipeSource
-from ties_dist.recipe.recipe import Recipe, layer_depths, load_recipe
+from ties_dist.recipe.recipe import Recipe, Setting, layer_depths, load_recipe
 from ties_dist.recipe.references import ADAPTER_WEIGHTS, Location, fetch
+from ties_dist.statistics.answers import FOLDER, Answers
 from ties_dist.statistics.collected import ExpertStatistics, how_to_collect
 from ties_dist.values.numbers import TensorNumbers
 
@@ -44,6 +47,8 @@ class Job:
     resources: Resources
     companions: Mapping[str, bytes] = field(default_factory=dict)
     """Files of the output that are made, not copied."""
+    unproven: tuple[Unproven, ...] = ()
+    """What the plan takes for one parameter after a look at some pages; empty where it was all compared."""
 
     @cached_property
     def stamps(self) -> Mapping[str, tuple[int, int]]:
@@ -58,10 +63,12 @@ def prepare(
     resources: Resources | None = None,
     root: Path | None = None,
     fetch: Callable[[Location], Path] = fetch,
+    prove: bool = True,
 ) -> Job:
     """Read a recipe and all headers. root: see `load_recipe`. fetch: finds a model.
 
-    resources: of the worker processes, where the options alone do not say them.
+    resources: of the worker processes, where the options alone do not say them. prove: whether what looks like one
+    parameter under two names is compared byte by byte.
     Raises RecipeError, CheckpointError, PlanError.
     """
     options = options or RunOptions()
@@ -70,7 +77,9 @@ def prepare(
     chosen = load_recipe(recipe, methods=methods, semantics=options.semantics, root=root, fetch=fetch)
     references = models_of(chosen)
     opened, identities = open_all(references, options.read_backend)
-    return assemble(chosen, opened, identities, options, resources)
+    kept = Answers(options.cache / FOLDER)
+    equality = Equality(kept=kept, contents=contents_of(references, identities), proves=prove)
+    return assemble(chosen, opened, identities, options, resources, equality)
 
 
 def _allow_many_files() -> None:
@@ -86,12 +95,15 @@ def assemble(
     identities: Sequence[str],
     options: RunOptions,
     resources: Resources | None = None,
+    equality: Equality | None = None,
 ) -> Job:
     """The job of a recipe whose models are open, in the order of `models_of`. Raises CheckpointError, PlanError."""
-    method, resources = _method(recipe), resources or options.resources()
-    inputs = arrange(recipe, method, opened, identities)
-    merge_set = _compare(recipe, method, inputs)
-    layout = _lay_out(recipe, merge_set, inputs, options.max_shard_size)
+    method, resources, equality = _method(recipe), resources or options.resources(), equality or Equality()
+    aliases = _find_aliases(recipe, method, opened, equality)
+    folded = {id(each): aliases.fold(each) for each in opened}
+    inputs = arrange(recipe, method, [folded[id(each)] for each in opened], identities)
+    merge_set = _compare(recipe, method, inputs, aliases)
+    layout = _lay_out(recipe, merge_set, inputs, opened[0], options.max_shard_size)
     matrices = _matrices(layout.tensors, inputs.stores) if method.needs.statistics == "gram" else {}
     memory = fit(method, layout, [each.input for each in inputs.alike], matrices, resources)
     plan = MergePlan(
@@ -120,6 +132,7 @@ def assemble(
         options=options,
         resources=resources,
         companions=inputs.companions,
+        unproven=tuple(equality.unproven),
     )
 
 
@@ -130,7 +143,20 @@ def _method(recipe: Recipe) -> Method:
     )
 
 
-def _compare(recipe: Recipe, method: Method, inputs: Inputs) -> MergeSet:
+def _find_aliases(recipe: Recipe, method: Method, opened: Sequence[Checkpoint], equality: Equality) -> Aliases:
+    """Stores of statistics have the names of their models, and prove nothing; adapters' own tensors have one each."""
+    if recipe.options.output == "adapter":
+        return Aliases()
+    models = opened[: 1 + len(recipe.experts) + (recipe.elect_from is not None)]
+    return find_aliases(
+        models,
+        lambda i, left, right: equality(i, models[i], left, right),
+        exclude=recipe.options.exclude,
+        kind="expert" if method.operand == "delta" else "model",
+    )
+
+
+def _compare(recipe: Recipe, method: Method, inputs: Inputs, aliases: Aliases) -> MergeSet:
     """What is merged, once headers and the few bytes that must be equal were compared. Raises CheckpointError."""
     catalogues = [each.catalogue for each in inputs.alike]
     merge_set = compare(
@@ -140,13 +166,16 @@ def _compare(recipe: Recipe, method: Method, inputs: Inputs) -> MergeSet:
         vocab=recipe.options.vocab,
         non_float=recipe.options.non_float,
         operand=method.operand,
+        aliases=aliases,
     )
     compare_bytes(catalogues, merge_set)
     return merge_set
 
 
-def _lay_out(recipe: Recipe, merge_set: MergeSet, inputs: Inputs, max_shard_bytes: int | None) -> Layout:
-    """The output's files; of an adapter one, as peft reads it."""
+def _lay_out(
+    recipe: Recipe, merge_set: MergeSet, inputs: Inputs, base: Checkpoint, max_shard_bytes: int | None
+) -> Layout:
+    """The output's files, by what the base stores where; of an adapter one, as peft reads it."""
     dtype = HEADER_DTYPES.get(recipe.output_dtype or "")
     specs = [
         TensorSpec(
@@ -161,7 +190,8 @@ def _lay_out(recipe: Recipe, merge_set: MergeSet, inputs: Inputs, max_shard_byte
     ]
     if inputs.into_adapter:
         return lay_out(specs, dict.fromkeys((t.name for t in specs), ADAPTER_WEIGHTS), single=ADAPTER_WEIGHTS)
-    shard_of = {name: parameter.file for name, parameter in inputs.base.catalogue.parameters.items()}
+    stored = base.parameters
+    shard_of = {t.name: (stored.get(t.name) or inputs.base.catalogue.parameters[t.source]).file for t in specs}
     return lay_out(specs, shard_of, max_shard_bytes)
 
 
@@ -169,6 +199,7 @@ def _notes(recipe: Recipe, plan: MergePlan, inputs: Inputs, merge_set: MergeSet)
     yield from recipe.notes
     yield from dict.fromkeys(note for each in inputs.all for note in each.catalogue.notes)
     yield from merge_set.notes
+    yield from _other_numbers(recipe, plan.tensors)
     yield from _equal_inputs(plan)
     yield from _whole(plan)
     yield from admit(plan)
@@ -215,6 +246,29 @@ def _whole(plan: MergePlan) -> Iterator[str]:
         )
 
 
+def _other_numbers(recipe: Recipe, tensors: Sequence[TensorSpec]) -> Iterator[str]:
+    """Where filters would give a parameter's other name another number than its canonical one, whose it has."""
+    for setting in _settings(recipe):
+        if setting.constant is None:
+            for tensor in tensors:
+                if tensor.merged and tensor.name != tensor.source:
+                    own, taken = (_number(setting, name) for name in (tensor.name, tensor.source))
+                    if own != taken:
+                        yield f"{setting.where}: {tensor.name} has {taken}, as {tensor.source}, and not {own}"
+
+
+def _number(setting: Setting, name: str) -> str:
+    try:
+        return f"{setting.at(name, 0.0):g}"
+    except RecipeError:
+        return "no value"
+
+
+def _settings(recipe: Recipe) -> list[Setting]:
+    own = (setting for expert in recipe.experts for setting in expert.parameters.values())
+    return [*recipe.parameters.values(), *own]
+
+
 def _equal_inputs(plan: MergePlan) -> Iterator[str]:
     """What to say of experts that look like the base or like each other: headers, sizes and sampled pages agree."""
     for i, expert in enumerate(plan.experts):
@@ -225,17 +279,14 @@ def _equal_inputs(plan: MergePlan) -> Iterator[str]:
 
 
 def _numbers(recipe: Recipe, method: Method, tensors: Sequence[TensorSpec]) -> dict[str, TensorNumbers]:
-    """The recipe's numbers for every merged tensor; all tensors share one object where nothing varies."""
-    merged = [t.source for t in tensors if t.merged]
+    """The recipe's numbers for every merged parameter; all share one object where nothing varies."""
+    merged = [t.source for t in tensors if t.counted]
     problems = []
-    settings = [
-        *recipe.parameters.values(),
-        *(setting for expert in recipe.experts for setting in expert.parameters.values()),
-    ]
+    settings = _settings(recipe)
     for setting in settings:
         problems += [
             f"{setting.where}: filter '{pattern}' is part of no merged tensor's name"
-            for pattern in setting.unmatched(merged)
+            for pattern in setting.unmatched([*merged, *(t.name for t in tensors if t.merged)])
         ]
     if problems:
         raise RecipeError(listing("filters that match nothing:", problems, "Correct or remove them."))

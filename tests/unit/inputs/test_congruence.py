@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pytest
 
+from tests.unit.inputs.catalogues import Shape, checkpoint
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.checkpoints.forms.known import parameters_of
-from ties_dist.checkpoints.header import TensorEntry
-from ties_dist.checkpoints.parameters import OpenFiles
-from ties_dist.dtypes import DTYPE_BITS
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.congruence import EqualCheck, MergeSet, OutputTensor, compare
-
-Shape = tuple[int, ...]
-
-
-class NoReader:
-    """A comparison reads nothing."""
-
-    def names(self) -> Sequence[str]:
-        raise AssertionError
-
-    def size(self, name: str) -> int:
-        raise AssertionError
-
-    def read(self, name: str, start: int, stop: int) -> Any:
-        raise AssertionError
-
-
-def checkpoint(
-    name: str, tensors: Mapping[str, tuple[str, Shape]], config: Mapping[str, object] | None = None
-) -> Checkpoint:
-    """A catalogue from {tensor: (dtype, shape)}."""
-    entries, start = {}, 0
-    for tensor, (dtype, shape) in tensors.items():
-        stop = start + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        entries[tensor] = TensorEntry(name=tensor, dtype=dtype, shape=shape, file="f", start=start, stop=stop)
-        start = stop
-    return Checkpoint(
-        name=name,
-        opened=OpenFiles((NoReader(),)),
-        shards=("f",),
-        files={},
-        tensors=entries,
-        parameters=parameters_of(entries),
-        config=config,
-        metadata={},
-        index_file=None,
-        index_metadata={},
-        notes=(),
-    )
 
 
 def compared(base: Checkpoint, *experts: Checkpoint, exclude: Sequence[str] = (), **options: str) -> MergeSet:
@@ -118,7 +73,7 @@ def test_an_expert_that_is_the_first_model_itself_is_not_compared_with_itself() 
     first = checkpoint("first", {"a": ("F32", (1,)), "n": ("I64", (1,))})
     merge_set = compared(first, first, checkpoint("second", first_tensors := {"a": ("F32", (1,)), "n": ("I64", (1,))}))
     assert len(first_tensors) == len(merge_set.tensors)
-    assert [(check.left_model, check.right_model) for check in merge_set.equal] == [(0, 2)]
+    assert [check.expert for check in merge_set.equal] == [2]
 
 
 # -- mismatches -------------------------------------------------------------------------------------------------------
@@ -247,13 +202,11 @@ def test_non_float_tensors_are_the_bases_and_checked_for_equality() -> None:
     merge_set = compared(base, one, two)
     assert actions(merge_set) == {"a": "merge", "ids": "copy", "mask": "copy", "z": "copy"}
     assert merge_set.elements == 1
-    assert [check.left.name for check in merge_set.equal] == ["ids", "mask", "z"]
+    assert [check.base.name for check in merge_set.equal] == ["ids", "mask", "z"]
     assert merge_set.equal[0] == EqualCheck(
-        reason="non_float",
-        left_model=0,
-        left=base.parameters["ids"],
-        right_model=1,
-        right=one.parameters["ids"],
+        base=base.parameters["ids"],
+        expert=1,
+        other=one.parameters["ids"],
         message="ids (I64 (1, 512), not merged): expert 'one' differs from the base. "
         "`non_float: base` takes the base's all the same.",
     )
@@ -401,159 +354,6 @@ def test_truncate_does_not_invent_rows_or_touch_other_tensors() -> None:
 def test_truncate_needs_equal_columns() -> None:
     base, expert = checkpoint("b", {EMBED: ("F32", (10, 4))}), checkpoint("math", {EMBED: ("F32", (12, 5))})
     assert f"{EMBED}: expert 'math' has shape (12, 5), base (10, 4)" in refusal(base, expert, vocab="truncate")
-
-
-# -- tied weights -----------------------------------------------------------------------------------------------------
-
-BOTH: dict[str, tuple[str, Shape]] = {EMBED: ("BF16", (10, 4)), HEAD: ("BF16", (10, 4)), "norm": ("BF16", (4,))}
-NO_HEAD = {name: kind for name, kind in BOTH.items() if name != HEAD}
-
-
-def test_a_tied_head_is_an_alias_of_the_embedding_counted_once() -> None:
-    base, expert = checkpoint("b", BOTH, TIED), checkpoint("math", BOTH, TIED)
-    merge_set = compared(base, expert)
-    head = OutputTensor(name=HEAD, dtype="BF16", shape=(10, 4), action="merge", source=EMBED, counted=False)
-    assert merge_set.tensors[0] == head
-    assert merge_set.elements == 40 + 4
-    assert merge_set.notes == ("lm_head.weight is tied to model.embed_tokens.weight and counted once",)
-    assert [(c.reason, c.left_model, c.left.name, c.right_model, c.right.name) for c in merge_set.equal] == [
-        ("tied", 0, HEAD, 0, EMBED),
-        ("tied", 1, HEAD, 1, EMBED),
-    ]
-    assert merge_set.equal[1].message.startswith(
-        "expert 'math': lm_head.weight and model.embed_tokens.weight differ, though config.json says tie_word"
-    )
-
-
-@pytest.mark.parametrize("config", [None, {}, {"tie_word_embeddings": False}])
-def test_without_the_config_saying_so_nothing_is_tied(config: dict[str, object] | None) -> None:
-    merge_set = compared(checkpoint("b", BOTH, config), checkpoint("math", BOTH, config))
-    assert merge_set.elements == 40 + 40 + 4
-    assert merge_set.equal == ()
-
-
-@pytest.mark.parametrize("config", [None, {}, TIED])
-def test_a_tied_head_may_be_stored_in_the_base_alone(config: dict[str, object] | None) -> None:
-    merge_set = compared(checkpoint("b", BOTH, TIED), checkpoint("math", NO_HEAD, config))
-    assert (merge_set.tensors[0].name, merge_set.tensors[0].source) == (HEAD, EMBED)
-    assert [check.left_model for check in merge_set.equal] == [0]
-
-
-@pytest.mark.parametrize("config", [None, {}, TIED])
-def test_a_tied_head_may_be_stored_in_an_expert_alone(config: dict[str, object] | None) -> None:
-    merge_set = compared(checkpoint("b", NO_HEAD, TIED), checkpoint("math", BOTH, config))
-    assert [tensor.name for tensor in merge_set.tensors] == [EMBED, "norm"]
-    assert merge_set.notes == ("expert 'math': lm_head.weight, tied to model.embed_tokens.weight, is dropped",)
-    assert [(check.left_model, check.right_model) for check in merge_set.equal] == [(1, 1)]
-
-
-def test_an_expert_that_says_tied_explains_its_own_head_where_the_base_says_nothing() -> None:
-    merge_set = compared(checkpoint("b", NO_HEAD, {}), checkpoint("math", BOTH, TIED))
-    assert [tensor.name for tensor in merge_set.tensors] == [EMBED, "norm"]
-
-
-@pytest.mark.parametrize("stored", [BOTH, NO_HEAD])
-def test_an_untied_expert_of_a_tied_base_is_refused(stored: dict[str, tuple[str, Shape]]) -> None:
-    message = refusal(checkpoint("b", BOTH, TIED), checkpoint("math", stored, {"tie_word_embeddings": False}))
-    assert (
-        "\n  expert 'math': config.json says tie_word_embeddings: false, the base's says true, so lm_head.weight"
-        in message
-    )
-
-
-def test_a_tied_expert_without_the_head_of_an_untied_base_is_refused() -> None:
-    message = refusal(checkpoint("b", BOTH, {"tie_word_embeddings": False}), checkpoint("math", NO_HEAD, TIED))
-    assert "lm_head.weight: missing in expert 'math' (its config.json says tie_word_embeddings: true)" in message
-
-
-@pytest.mark.parametrize(
-    ("head", "embedding"),
-    [
-        ("lm_head.weight", "transformer.wte.weight"),
-        ("embed_out.weight", "gpt_neox.embed_in.weight"),
-        ("output.weight", "model.tok_embeddings.weight"),
-        ("transformer.output_layer.weight", "transformer.embedding.word_embeddings.weight"),
-        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-        ("proj_out.weight", "model.decoder.embed_tokens.weight"),
-        ("lm_head.weight", "shared.weight"),
-        ("lm_head.weight", "backbone.embeddings.weight"),
-        ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ],
-)
-def test_heads_and_embeddings_are_known_by_the_names_families_give_them(head: str, embedding: str) -> None:
-    model = checkpoint("m", {head: ("F32", (10, 4)), embedding: ("F32", (10, 4))}, TIED)
-    merge_set = compared(model, checkpoint("x", {embedding: ("F32", (10, 4))}, TIED))
-    assert {tensor.name: tensor.source for tensor in merge_set.tensors} == {head: embedding, embedding: embedding}
-
-
-def test_a_head_is_tied_to_the_embedding_of_its_own_part_and_shape() -> None:
-    names = ["vision.embeddings.weight", "talker.model.embed_tokens.weight", "thinker.model.embed_tokens.weight"]
-    tensors: dict[str, tuple[str, Shape]] = {name: ("F32", (10, 4)) for name in [*names, "thinker.lm_head.weight"]}
-    merge_set = compared(checkpoint("m", tensors, TIED), checkpoint("x", tensors, TIED))
-    sources = {tensor.name: tensor.source for tensor in merge_set.tensors}
-    assert sources["thinker.lm_head.weight"] == "thinker.model.embed_tokens.weight"
-    wide = {**tensors, "talker.lm_head.weight": ("F32", (7, 4)), "shared.weight": ("F32", (7, 4))}
-    merge_set = compared(checkpoint("m", wide, TIED), checkpoint("x", wide, TIED))
-    assert {t.name: t.source for t in merge_set.tensors}["talker.lm_head.weight"] == "shared.weight"
-
-
-def test_a_layers_own_output_is_no_head() -> None:
-    tensors: dict[str, tuple[str, Shape]] = {
-        EMBED: ("F32", (4, 4)),
-        "layers.0.output.weight": ("F32", (4, 4)),
-        "output.weight": ("F32", (2, 4)),
-    }
-    merge_set = compared(checkpoint("b", tensors, TIED), checkpoint("x", tensors, TIED))
-    assert all(tensor.counted for tensor in merge_set.tensors)
-
-
-@pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config", "decoder"])
-def test_a_multimodal_config_may_say_it_in_its_language_part(part: str) -> None:
-    config = {"tie_word_embeddings": False, part: TIED}
-    assert compared(checkpoint("b", BOTH, config), checkpoint("x", NO_HEAD, config)).elements == 44
-
-
-@pytest.mark.parametrize("head", [("BF16", (12, 4)), ("F32", (10, 4))])
-def test_a_tied_head_of_another_kind_than_its_embedding_is_refused(head: tuple[str, Shape]) -> None:
-    odd = checkpoint("odd", {**BOTH, HEAD: head}, TIED)
-    found = re.escape(
-        f"lm_head.weight and {EMBED} are tied (tie_word_embeddings: true), but one is {head[0]} {head[1]}"
-    )
-    for models in (
-        (odd, checkpoint("x", BOTH, TIED)),
-        (checkpoint("x", BOTH, TIED), odd),
-        (checkpoint("x", NO_HEAD, TIED), odd),
-    ):
-        assert re.search(found, refusal(*models))
-
-
-def test_excluding_the_embedding_takes_its_tied_head_along() -> None:
-    models = checkpoint("b", BOTH, TIED), checkpoint("math", BOTH, TIED)
-    for exclude in ([EMBED], [EMBED, HEAD]):
-        merge_set = compared(*models, exclude=exclude)
-        assert {t.name: (t.action, t.source) for t in merge_set.tensors} == {
-            HEAD: ("copy", EMBED),
-            EMBED: ("copy", EMBED),
-            "norm": ("merge", "norm"),
-        }
-        assert [check.left_model for check in merge_set.equal] == [0]
-
-
-def test_excluding_a_tied_head_alone_is_refused() -> None:
-    message = refusal(checkpoint("b", BOTH, TIED), checkpoint("math", BOTH, TIED), exclude=["lm_head*"])
-    assert f"lm_head.weight: is tied to {EMBED}: exclude both or neither" in message
-
-
-def test_an_excluded_head_that_only_an_expert_stores_is_simply_left_out() -> None:
-    merge_set = compared(checkpoint("b", NO_HEAD, TIED), checkpoint("math", BOTH, TIED), exclude=["lm_head*"])
-    assert merge_set.equal == ()
-
-
-def test_truncation_and_tying_go_together() -> None:
-    wide: dict[str, tuple[str, Shape]] = {**BOTH, EMBED: ("BF16", (12, 4)), HEAD: ("BF16", (12, 4))}
-    merge_set = compared(checkpoint("b", BOTH, TIED), checkpoint("math", wide, TIED), vocab="truncate")
-    assert merge_set.elements == 44
-    assert [check.left.shape for check in merge_set.equal] == [(10, 4), (12, 4)]
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

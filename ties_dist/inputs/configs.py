@@ -1,0 +1,38 @@
+"""What a checkpoint's config.json says: of itself, and of the language model that is part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+Config = Mapping[str, object] | None
+
+TEXT_CONFIGS: Final = ("text_config", "llm_config", "language_config", "decoder")
+_SCALED_BY_TYING: Final = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop"})
+"""Families that multiply what their decoder gives by d_model ** -0.5 where config.json says that weights are tied."""
+
+
+def configs(config: Config) -> Iterator[Mapping[str, object]]:
+    """config.json and, for multimodal models, the language model's part of it."""
+    config = config or {}
+    yield config
+    for key in TEXT_CONFIGS:
+        if isinstance(part := config.get(key), dict):
+            yield part
+
+
+def says_tied(config: Config) -> bool | None:
+    """`tie_word_embeddings`; None where config.json does not say. Where its parts contradict each other, true."""
+    said = [part["tie_word_embeddings"] for part in configs(config) if "tie_word_embeddings" in part]
+    return any(value is True for value in said) if said else None
+
+
+def classes(config: Config) -> list[str]:
+    """Of transformers, that the checkpoint is of."""
+    listed = (config or {}).get("architectures")
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+
+
+def is_scaled_by_tying(config: Config) -> bool:
+    """Whether `tie_word_embeddings` means more than that two names are one parameter."""
+    return any(part.get("model_type") in _SCALED_BY_TYING for part in configs(config))
