@@ -30,7 +30,7 @@ from ties_dist.output.publish import Finished, give_names
 from ties_dist.output.report import MergeReport
 from ties_dist.output.resume import adopt, check_space, claim
 from ties_dist.planning.arrange import models_of
-from ties_dist.planning.plan import MergePlan
+from ties_dist.planning.plan import SEMANTICS_VERSION, MergePlan
 from ties_dist.planning.prepare import Job
 from ties_dist.progress import Noted, Progress
 from ties_dist.statistics.counts import StatisticsStore
@@ -211,6 +211,7 @@ def publish(run: Run, passes: Passes, began: float) -> MergeReport:
     )
     manifest = Manifest(
         fingerprint=report.fingerprint,
+        semantics_version=SEMANTICS_VERSION,
         output_digest=report.output_digest,
         companions=tuple(sorted(companions)),
         origin=origin,

@@ -17,6 +17,7 @@ from ties_dist.output.documents import load_document
 from ties_dist.output.folder import MANIFEST, OutFolder
 from ties_dist.output.manifest import Manifest
 from ties_dist.planning.options import RunOptions
+from ties_dist.planning.plan import SEMANTICS_VERSION
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import Progress, Silent, phase
 from ties_dist.recipe.document import read_document
@@ -139,6 +140,11 @@ def _check_sample(
     options: RunOptions,
 ) -> tuple[int, int]:
     """Merge a random share of the units again and compare digests. Returns how many, and of how many."""
+    if manifest.semantics_version != SEMANTICS_VERSION:
+        raise CheckpointError(
+            f"{out} was merged by another version of ties_dist (semantics {manifest.semantics_version}, this one has "
+            f"{SEMANTICS_VERSION}): the same recipe may give other bytes."
+        )
     origin = manifest.origin
     job = prepare(_recipe(out, origin.models), replace(options, max_shard_size=origin.max_shard_bytes))
     if job.plan.fingerprint != manifest.fingerprint:

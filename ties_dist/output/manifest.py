@@ -50,6 +50,8 @@ class Manifest(Document):
     """A finished model. companions: files beside the weights that it was published with."""
 
     fingerprint: str
+    semantics_version: int = 1
+    """The first did not say it."""
     output_digest: str = ""
     companions: tuple[str, ...] = ()
     origin: Origin
@@ -61,3 +63,4 @@ class Begun(Document):
 
     recipe: Mapping[str, JsonValue]
     stamps: Stamps = {}
+    semantics_version: int = 1

@@ -15,6 +15,7 @@ from ties_dist.output.lock import STATE
 from ties_dist.output.manifest import Begun, Stamps
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import OutputShard
+from ties_dist.planning.plan import SEMANTICS_VERSION
 from ties_dist.planning.prepare import Job
 
 SPARE_BYTES = 64 << 20
@@ -46,6 +47,9 @@ def claim(out: OutFolder, job: Job) -> MergeReport | None:
     what = "the finished model of another merge (other recipe, inputs or --max-shard-size)"
     strange = out.holds_model() and not out.is_begun() and not out.lacks_files()
     if not overwrite and (done is not None or strange):
+        manifest = out.manifest()
+        if done and manifest is not None and manifest.semantics_version != SEMANTICS_VERSION:
+            what = f"a finished model of another version of ties_dist ({_versions(manifest.semantics_version)})"
         what = what if done else "model files that no finished merge left"
         raise OutputError(f"OUT {out.place} holds {what}. Choose another OUT, or replace it with --overwrite.")
     for run in out.runs() if fresh else ():
@@ -57,7 +61,9 @@ def claim(out: OutFolder, job: Job) -> MergeReport | None:
     if job.plan.matrices:
         out.place.make(out.matrices)
     if begun is None:
-        note = json.dumps({"recipe": job.recipe.canonical(), "stamps": job.stamps})
+        note = json.dumps(
+            {"recipe": job.recipe.canonical(), "stamps": job.stamps, "semantics_version": SEMANTICS_VERSION}
+        )
         out.place.put(_record(out.fingerprint), note.encode())
     return None
 
@@ -91,13 +97,21 @@ def _inputs_changed(out: OutFolder, changed: Sequence[str]) -> CheckpointError:
 def _unfinished(out: OutFolder, job: Job, other: str) -> OutputError | CheckpointError:
     found = _begun(out, other)
     same_recipe = found is not None and found.recipe == json.loads(json.dumps(job.recipe.canonical()))
-    if found is not None and same_recipe and (changed := _changed(job, found.stamps)):
+    what, with_what = "other inputs or shard sizes" if same_recipe else "another recipe", "its own command"
+    if found is not None and found.semantics_version != SEMANTICS_VERSION:
+        what = f"another version of ties_dist ({_versions(found.semantics_version)})"
+        with_what = "that version"
+    elif found is not None and same_recipe and (changed := _changed(job, found.stamps)):
         return _inputs_changed(out, changed)
-    what = "other inputs or shard sizes" if same_recipe else "another recipe"
+    discard = "--fresh --overwrite" if out.holds_model() else "--fresh"  # some shards may have their names
     return OutputError(
-        f"OUT {out.place} holds an unfinished merge of {what}. Finish it with its own command, choose another OUT, or "
-        "discard it with --fresh."
+        f"OUT {out.place} holds an unfinished merge of {what}. Finish it with {with_what}, choose another OUT, or "
+        f"discard it with {discard}."
     )
+
+
+def _versions(found: int) -> str:
+    return f"semantics {found}, this one has {SEMANTICS_VERSION}"
 
 
 def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) -> None:
