@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ties_dist
 from tests.integration.command import run
 from ties_dist.collecting import collect as collecting
 from ties_dist.collecting.collect import collect
@@ -32,6 +33,20 @@ def make(checkpoint):
     def score(module, example):
         logit = module(torch.tensor(example["x"]))[0]
         return torch.nn.functional.logsigmoid(logit if example["y"] else -logit)
+
+    return module, score
+
+def tied(checkpoint):
+    """The next token from the last, by one matrix of both."""
+    module = torch.nn.Module()
+    module.embed_tokens, module.lm_head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7, bias=False)
+    module.lm_head.weight = module.embed_tokens.weight
+    stored = load_file(checkpoint / "model.safetensors")
+    module.embed_tokens.weight.data = next(iter(stored.values()))
+
+    def score(module, example):
+        logits = module.lm_head(module.embed_tokens(torch.tensor(example["x"])))
+        return torch.log_softmax(logits, -1)[example["y"]]
 
     return module, score
 
@@ -200,6 +215,42 @@ def test_from_the_command_line_to_a_merge(
     assert all(torch.allclose(one[n].float(), two[n].float(), atol=1e-6) for n in one)  # a model with itself
     shown = run(capsys, "collect", "gram", tmp_path / "model", "--data", tmp_path / "no", "--out", tmp_path / "s")
     assert shown.status == 2 and "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    "names", [["embed_tokens.weight"], ["embed_tokens.weight", "lm_head.weight"], ["lm_head.weight"]], ids=len
+)
+def test_a_tied_parameter_has_one_diagonal_whatever_names_are_stored(
+    names: list[str], job: Callable[..., Any], tmp_path: Path
+) -> None:
+    models = [torch.randn(7, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    lines = [{"x": i % 7, "y": 3 * i % 7} for i in range(5)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    fishers = []
+    for i, weight in enumerate(models):
+        folder = tmp_path / f"m{i}"
+        folder.mkdir()
+        save_file({name: weight.clone() for name in names}, folder / "model.safetensors")
+        store = job(checkpoint=folder, out=tmp_path / f"store{i}", model=f"made_{tmp_path.name}:tied")
+        w, squares = weight.double().numpy(), np.zeros((7, 4))
+        for line in lines:
+            logits = w @ w[line["x"]]
+            slope = (np.arange(7) == line["y"]) - np.exp(logits) / np.exp(logits).sum()
+            gradient = np.outer(slope, w[line["x"]])
+            gradient[line["x"]] += w.T @ slope
+            squares += gradient**2 / len(lines)
+        assert list(store.arrays) == names[:1]
+        np.testing.assert_allclose(store.read(names[0]), squares, rtol=1e-4)
+        fishers.append(squares)
+    recipe = {"merge_method": "fisher", "models": [
+        {"model": str(tmp_path / f"m{i}"), "statistics": str(tmp_path / f"store{i}")} for i in range(2)
+    ]}  # fmt: skip
+    ties_dist.merge(recipe, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    expected = sum(f * m.double().numpy() for f, m in zip(fishers, models, strict=True)) / sum(fishers)
+    assert sorted(merged) == names
+    for found in merged.values():
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

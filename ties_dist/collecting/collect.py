@@ -33,6 +33,7 @@ from ties_dist.storage.readers import open_reader
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.nn import Parameter
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,9 @@ def collect(
         for group in _groups(left, memory_budget):
             _collect(kind, subject, group, store, data, lines, size, progress or LogProgress(), stop)
         if kind == "fisher":  # buffers and frozen tensors: nothing is known of them, and a merge takes the mean
+            known = {name for names, _ in _stored(subject, catalogue).values() for name in names}
             for name, entry in sorted(catalogue.parameters.items()):
-                if entry.dtype in MERGEABLE and name not in store.arrays:
+                if entry.dtype in MERGEABLE and name not in known | store.arrays.keys():
                     store.add(name, np.zeros(entry.shape, np.float32))
         store.finish()
     return store
@@ -177,13 +179,20 @@ def _wanted(kind: Kind, subject: Subject, catalogue: Checkpoint) -> list[Wanted]
 
 
 def _parameters(subject: Subject, catalogue: Checkpoint) -> Iterator[Wanted]:
-    for name, parameter in subject.module.named_parameters():
+    """Of a tied parameter's names the first that is stored."""
+    for first, (_, parameter) in _stored(subject, catalogue).items():
+        # The sum, the gradient, its square.
+        yield Wanted(tensor=first, owner=parameter, shape=tuple(parameter.shape), held_bytes=12 * parameter.numel())
+
+
+def _stored(subject: Subject, catalogue: Checkpoint) -> dict[str, tuple[list[str], Parameter]]:
+    """The module's parameters that are in the checkpoint: by the first name, all stored names of each."""
+    found: dict[int, tuple[list[str], Parameter]] = {}
+    for name, parameter in subject.module.named_parameters(remove_duplicate=False):
         tensor = catalogue.find(name)
         if tensor is not None and tuple(parameter.shape) == catalogue.parameters[tensor].shape:
-            # The sum, the gradient, its square.
-            yield Wanted(
-                tensor=tensor, owner=parameter, shape=tuple(parameter.shape), held_bytes=12 * parameter.numel()
-            )
+            found.setdefault(id(parameter), ([], parameter))[0].append(tensor)
+    return {names[0]: (names, parameter) for names, parameter in found.values()}
 
 
 def _layers(subject: Subject, catalogue: Checkpoint) -> Iterator[Wanted]:
