@@ -7,6 +7,7 @@ from typing import Final
 
 Config = Mapping[str, object] | None
 
+_KEY: Final = "tie_word_embeddings"
 TEXT_CONFIGS: Final = ("text_config", "llm_config", "language_config", "decoder")
 _SCALED_BY_TYING: Final = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop"})
 """Families that multiply what their decoder gives by d_model ** -0.5 where config.json says that weights are tied."""
@@ -23,8 +24,14 @@ def configs(config: Config) -> Iterator[Mapping[str, object]]:
 
 def says_tied(config: Config) -> bool | None:
     """`tie_word_embeddings`; None where config.json does not say. Where its parts contradict each other, true."""
-    said = [part["tie_word_embeddings"] for part in configs(config) if "tie_word_embeddings" in part]
+    said = [part[_KEY] for part in configs(config) if _KEY in part]
     return any(value is True for value in said) if said else None
+
+
+def untied(config: Mapping[str, object]) -> dict[str, object]:
+    """The same, but that no part of it is tied: where one says nothing, its class may tie by default."""
+    parts = {key: part for key in TEXT_CONFIGS if isinstance(part := config.get(key), dict)}
+    return {**config, **{k: {**p, _KEY: False} for k, p in parts.items()}, _KEY: False}
 
 
 def classes(config: Config) -> list[str]:

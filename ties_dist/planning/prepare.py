@@ -152,6 +152,7 @@ def _find_aliases(recipe: Recipe, method: Method, opened: Sequence[Checkpoint], 
         models,
         lambda i, left, right: equality(i, models[i], left, right),
         exclude=recipe.options.exclude,
+        untie=recipe.options.tie_word_embeddings is False,
         kind="expert" if method.operand == "delta" else "model",
     )
 

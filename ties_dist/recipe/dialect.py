@@ -201,6 +201,8 @@ def _read_models(draft: Draft) -> None:
         return
     if draft.options.output == "adapter" and draft.spec and draft.spec.statistics:
         draft.problems.append(f"ties_dist.output: {draft.method} needs statistics of models; adapters have none")
+    if draft.options.output == "adapter" and draft.options.tie_word_embeddings is False:
+        draft.problems.append("ties_dist.tie_word_embeddings: adapters that are merged with each other have no head")
     before = len(draft.problems)
     for i, entry in enumerate(entries or ()):
         _read_model(draft, entry, f"models[{i}]", drop_base=takes_deltas)

@@ -34,9 +34,16 @@ class Options(BaseModel):
     vocab: Literal["error", "truncate"] = "error"
     non_float: Literal["error", "base"] = "error"
     output: Literal["model", "adapter"] = "model"
+    tie_word_embeddings: Literal["as stored", False] = "as stored"
+    """false: the output head is a parameter of its own, though the base ties it to the embedding."""
+
+    @property
+    def chosen(self) -> set[str]:
+        """Names of those that are not what they are by default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
 
-COMMON_OPTIONS = frozenset(("semantics", "exclude", "vocab", "non_float", "output"))
+COMMON_OPTIONS = frozenset(("semantics", "exclude", "vocab", "non_float", "output", "tie_word_embeddings"))
 """Those that every method understands."""
 
 PRESETS: Mapping[Semantics, Mapping[str, object]] = {

@@ -116,7 +116,8 @@ class Recipe:
     def _options(self) -> dict[str, object]:
         """The options that this method understands and that are in force; `elect` is not beside `elect_from`."""
         apart = {"exclude", "elect_from"} | ({"elect"} if self.elect_from else set())
-        apart |= {"output"} if self.options.output == "model" else set()  # fingerprints as before there was a choice
+        # Fingerprints as before there was a choice.
+        apart |= {name for name in ("output", "tie_word_embeddings") if name not in self.options.chosen}
         understood = (self.spec.options | COMMON_OPTIONS) - apart
         return {name: value for name, value in self.options.model_dump().items() if name in understood}
 
