@@ -271,11 +271,41 @@ def test_all_problems_of_an_adapter_are_told_at_once(base: dict[str, Tensor], tm
         ties_dist.plan(write_recipe(tmp_path, "a"))
 
 
+def test_a_base_with_an_adapter_is_written_first_as_the_message_says(base: dict[str, Tensor], tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 5)):
+        write_adapter(tmp_path / name, both(seed))
+    wrong = write_recipe(tmp_path, "base+b", base_model="base+a")
+    with pytest.raises(
+        RecipeError, match=r"`merge_method: linear` whose one model it is \(weight 1\), and name its out"
+    ):
+        ties_dist.plan(wrong)
+    first = {"merge_method": "linear", "models": [{"model": "base+a", "parameters": {"weight": 1}}]}
+    (tmp_path / "first.yml").write_text(json.dumps(first))
+    ties_dist.merge(tmp_path / "first.yml", tmp_path / "written")
+    assert not torch.equal(merged(tmp_path / "written")["layers.0.q.weight"], base["layers.0.q.weight"])
+    ties_dist.merge(write_recipe(tmp_path, "base+b", base_model="written"), tmp_path / "out")
+
+
+def test_a_config_left_beside_a_whole_model_makes_it_no_adapter(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "whole", random_models(SHAPES, experts=1, dtype=torch.bfloat16)[1])
+    (tmp_path / "whole" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    ties_dist.merge(write_recipe(tmp_path, "whole"), tmp_path / "out")
+    assert not torch.equal(merged(tmp_path / "out")["head.weight"], base["head.weight"])
+
+
+def test_an_adapter_as_base_is_told_whose_it_is(base: dict[str, Tensor], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", both(), base_model_name_or_path="base")
+    write_adapter(tmp_path / "b", both())
+    with pytest.raises(RecipeError, match=r"name the model that it adapts: 'base', by its adapter_config\.json"):
+        ties_dist.plan(write_recipe(tmp_path, "b", base_model="a"))
+    ties_dist.plan(write_recipe(tmp_path, "a", base_model="base"))
+
+
 def test_adapters_in_the_wrong_place_are_refused(base: dict[str, Tensor], tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", both())
     for models, top, message in (
         (["base+a"], {"base_model": "a"}, "base_model: 'a' is an adapter; name the model that it adapts"),
-        (["a"], {"base_model": "base+a"}, r"base_model: 'base\+a' is an adapter"),
+        (["a"], {"base_model": "base+a"}, r"base_model: 'base\+a': a base is a plain model\. Write it first"),
         (["a"], {"base_model": None}, "name its base_model, or write it as model"),
         (["base+base"], {}, "'base' is no PEFT adapter"),
         (["a+a"], {}, "an adapter of an adapter"),

@@ -42,6 +42,7 @@ MAY_IMPORT = {
             "inputs/opening.py",
             "planning/prepare.py",
             "checkpoints/catalogue.py",
+            "checkpoints/elsewhere.py",
             "adapters/peft.py",
         ),  # models' folders
         *("compiler/native.py", "compiler/kernel.py", "executors/submit.py", "worker/preflight.py"),  # beside OUT

@@ -15,6 +15,7 @@ from typing import Final
 
 from xxhash import xxh3_128_hexdigest
 
+from ties_dist.checkpoints.elsewhere import CONVERT, QUANTISED_FILE, instead, lost_links, some
 from ties_dist.checkpoints.forms.known import parameters_of
 from ties_dist.checkpoints.header import AGAIN, LENGTH_BYTES, TensorEntry, collector, parse_header
 from ties_dist.checkpoints.parameters import OpenFiles, Parameter
@@ -27,7 +28,6 @@ MAX_HEADER_BYTES: Final = 100_000_000
 
 _SUFFIX: Final = ".safetensors"
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
-_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx")
 _SHARD: Final = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
@@ -98,7 +98,7 @@ def open_checkpoint(path: Path, *, name: str, reader: Callable[[Path], Reader]) 
     Raises CheckpointError with all problems of this checkpoint.
     """
     if path.is_dir():
-        catalogue = _Catalogue(reader(path))
+        catalogue = _Catalogue(reader(path), path)
         try:
             names = catalogue.reader.names()
         except OSError as error:
@@ -107,7 +107,7 @@ def open_checkpoint(path: Path, *, name: str, reader: Callable[[Path], Reader]) 
         if "config.json" in names:
             catalogue.read_config()
     elif path.is_file():
-        catalogue = _Catalogue(reader(path.parent))
+        catalogue = _Catalogue(reader(path.parent), path.parent)
         catalogue.choose_file(path.name)
     else:
         raise CheckpointError(f"checkpoint '{name}': {path} is neither a directory nor a file.")
@@ -123,8 +123,8 @@ def open_checkpoint(path: Path, *, name: str, reader: Callable[[Path], Reader]) 
 class _Catalogue:
     """A checkpoint while it is read: every step adds what it finds, or a line to `problems`, and goes on."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, reader: Reader, folder: Path) -> None:
+        self.reader, self.folder = reader, folder
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.shards: tuple[str, ...] = ()
@@ -157,9 +157,9 @@ class _Catalogue:
         elif "model" + _SUFFIX in weights:
             self.shards = ("model" + _SUFFIX,)
             if indexes:
-                self.notes.append(f"model{_SUFFIX} is read, as transformers does, and not what {_some(indexes)} names")
+                self.notes.append(f"model{_SUFFIX} is read, as transformers does, and not what {some(indexes)} names")
         elif len(indexes) > 1:
-            self.problems.append(f"{len(indexes)} indexes ({_some(indexes)}): keep the one that is the model.")
+            self.problems.append(f"{len(indexes)} indexes ({some(indexes)}): keep the one that is the model.")
         elif indexes:
             self._read_index(indexes[0])
         elif len(weights) == 1:
@@ -170,22 +170,20 @@ class _Catalogue:
                 )
         elif weights:
             self.problems.append(
-                f"{len(weights)} .safetensors files ({_some(weights)}) and no {_INDEX_SUFFIX[1:]}: which of them are "
+                f"{len(weights)} .safetensors files ({some(weights)}) and no {_INDEX_SUFFIX[1:]}: which of them are "
                 "the model? Add the index, or name one file in the recipe."
             )
-        elif other := [n for n in names if n.endswith(_OTHER_WEIGHTS)]:
-            self.problems.append(f"{_some(other)}: only safetensors are read; {_CONVERT}")
         else:
-            self.problems.append(f"no .safetensors file among {len(names)} files.")
+            self.problems.append(instead(self.folder, names))
         if self.shards and (stray := sorted(set(weights) - set(self.shards))):
-            self.notes.append(f"files that are not part of the model are left aside: {_some(stray)}")
+            self.notes.append(f"files that are not part of the model are left aside: {some(stray)}")
 
     def choose_file(self, file: str) -> None:
         """Settle on one file, which is then the whole checkpoint."""
         if file.endswith(_INDEX_SUFFIX):
             self.problems.append(f"{file}: is an index; name the directory instead.")
         elif not file.endswith(_SUFFIX):
-            self.problems.append(f"{file}: not a .safetensors file; {_CONVERT}")
+            self.problems.append(f"{file}: {QUANTISED_FILE if file.endswith('.gguf') else CONVERT}")
         else:
             self.shards = (file,)
 
@@ -227,8 +225,8 @@ class _Catalogue:
             try:
                 self._read_shard(shard)
             except FileNotFoundError:
-                missing = "is named in the index but missing." if self.weight_map is not None else "is missing."
-                self.problems.append(f"{shard}: {missing}")
+                gone = "is named in the index but missing." if self.weight_map is not None else "is missing."
+                self.problems.append(f"{shard}: {lost_links(self.folder, [shard]) or gone}")
             except (OSError, CheckpointError) as error:
                 self.problems.append(f"{shard}: cannot be read: {error}")
             if len(self.problems) == before:
@@ -253,13 +251,13 @@ class _Catalogue:
             return
         for name, shard in self.weight_map.items():
             if shard in readable and shard not in self.places.get(name, ()):
-                where = f"it is in {_some(self.places[name])}" if name in self.places else "no shard has it"
+                where = f"it is in {some(self.places[name])}" if name in self.places else "no shard has it"
                 self.problems.append(f"{shard}: {show(name)} should be here according to {self.index_file}; {where}.")
         for name, shards in self.places.items():
             if name not in self.weight_map:
-                self.problems.append(f"{_some(shards)}: holds {show(name)}, which {self.index_file} does not list.")
+                self.problems.append(f"{some(shards)}: holds {show(name)}, which {self.index_file} does not list.")
             elif len(shards) > 1 and self.weight_map[name] in shards:
-                self.problems.append(f"{_some(shards)}: {show(name)} is stored {len(shards)} times.")
+                self.problems.append(f"{some(shards)}: {show(name)} is stored {len(shards)} times.")
 
     def _read_shard(self, file: str) -> None:
         size = self.reader.size(file)
@@ -341,13 +339,6 @@ class _Catalogue:
 
 
 # -- words for messages -----------------------------------------------------------------------------------------------
-
-_CONVERT: Final = "convert it to safetensors first (transformers: `save_pretrained(..., safe_serialization=True)`)."
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    shown = ", ".join(show(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _is_plain(file: str) -> bool:

@@ -148,7 +148,6 @@ class _Comparison:
         self.check_non_float = non_float != "base"
         self.names = set(aliases.canonical).union(*(model.parameters for _, _, model in self.models))
         self.excluded: set[str] = set()
-        self.quantised: dict[int, set[str]] = {i: set() for i, _, _ in self.models}  # reported, by model
         self.packed: set[str] = set()  # modules of the base that hold quantised weights, excluded ones included
         self.problems = list(aliases.problems)  # with a checkpoint or an option as a whole
         self.mismatches: list[tuple[str, str]] = []  # (tensor, what is wrong with it)
@@ -171,14 +170,12 @@ class _Comparison:
             self.excluded |= hits
 
     def refuse_quantised(self) -> None:
-        """Quantised weights, by config and by what is stored: numbers whose meaning is in other tensors."""
-        before = len(self.problems)
+        """Numbers whose meaning is in other tensors. By what is stored: a config's word may be left over.
+
+        Such a model is compared no further: every code and scale of it would be a line.
+        """
+        refused: set[int] = set()
         for i, label, model in self.models:
-            for config in configs(model.config):
-                if method := config.get("quantization_config") or config.get("compression_config"):
-                    name = method.get("quant_method") if isinstance(method, dict) else None
-                    self.problems.append(f"{label}: config.json has a quantization_config ({name or 'no method'}).")
-                    break
             found: dict[str, list[str]] = {}
             for entry in model.parameters.values():
                 if not _is_quantised(entry):
@@ -187,12 +184,21 @@ class _Comparison:
                     self.packed.add(entry.name.rpartition(".")[0])
                 # Fractions of a byte have no element boundary at which a copy could be cut.
                 if entry.name not in self.excluded or (i == 0 and DTYPE_BITS[entry.dtype] < 8):
-                    self.quantised[i].add(entry.name)
                     found.setdefault(entry.dtype, []).append(entry.name)
+            said = _quantisation(model)
             for dtype, names in sorted(found.items()):
-                self.problems.append(f"{label}: {_tensors(len(names))} quantised as {dtype} ({show(min(names))}).")
-        if len(self.problems) > before:
-            self.advice["Quantised weights are not supported yet: dequantise the model first."] = None
+                method = f", by {said}" if said else ""
+                self.problems.append(
+                    f"{label}: {_tensors(len(names))} quantised as {dtype} ({show(min(names))}){method}."
+                )
+                refused.add(i)
+            if said and not any(map(_is_quantised, model.parameters.values())):
+                self.notes.append(f"{label}: config.json has a quantization_config ({said}), and its weights are plain")
+        if refused:
+            self.advice["Quantised weights are not read yet: name the model that they were made from."] = None
+        if 0 in refused:
+            self.packed, self.experts = set(), []
+        self.experts = [each for each in self.experts if each[0] not in refused]
 
     def refuse_lone_scales(self) -> None:
         """A quantised weight copied from the base keeps its meaning only with the base's scales."""
@@ -206,8 +212,6 @@ class _Comparison:
     def add(self, base: Parameter) -> None:
         """One parameter of the base against every expert's."""
         name, excluded = base.name, base.name in self.excluded
-        if name in self.quantised[0]:
-            return
         if excluded:
             self.counts["exclude: ", f" copied from the {self.base_word}"] += 1
         else:
@@ -215,8 +219,7 @@ class _Comparison:
                 found = f"{self.base_word} has dtype F64"
                 self._mismatch(name, found, "convert F64 to F32 first (arithmetic is float32)")
             for i, label, expert in self.experts:
-                if name not in self.quantised[i]:
-                    self._compare(base, i, label, expert)
+                self._compare(base, i, label, expert)
         merged = not excluded and base.dtype in FLOATS
         for i, written in enumerate(self.aliases.written.get(name, (name,))):
             self.tensors.append(
@@ -320,6 +323,14 @@ class _Comparison:
 
 
 # -- what names, configs and headers say ------------------------------------------------------------------------------
+
+
+def _quantisation(model: Checkpoint) -> str | None:
+    """The method that config.json names; None where it names none."""
+    for config in configs(model.config):
+        if said := config.get("quantization_config") or config.get("compression_config"):
+            return str(said.get("quant_method", "no method")) if isinstance(said, dict) else "no method"
+    return None
 
 
 def _is_quantised(entry: Parameter) -> bool:

@@ -7,8 +7,10 @@ YAML in mergekit's dialect, because that is what users have (`dialect`), and our
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from ties_dist.methods.parameter import Parameter
 from ties_dist.recipe.dialect import Draft, MethodSpec, read_draft
 from ties_dist.recipe.document import read_document
 from ties_dist.recipe.options import COMMON_OPTIONS, Options
-from ties_dist.recipe.references import Location, ModelReference, fetch, is_adapter, unique_name
+from ties_dist.recipe.references import ADAPTER_CONFIG, Location, ModelReference, fetch, is_adapter, unique_name
 from ties_dist.recipe.values import Setting, layer_depths
 
 __all__ = [
@@ -171,12 +173,25 @@ def _misplaced(location: Location, draft: Draft, paths: Mapping[Location, Path])
             yield f"{said}: '{location.adapter.text}' is no PEFT adapter (no adapter_config.json)"
         if adapter:
             yield f"{said}: an adapter of an adapter; merge the first into its base"
-    if location == draft.base and (adapter or location.adapter is not None):
-        yield f"{said} is an adapter; name the model that it adapts"
+    if location == draft.base and location.adapter is not None:
+        yield (
+            f"{said}: a base is a plain model. Write it first, with a recipe `merge_method: linear` whose one model it "
+            "is (weight 1), and name its output here"
+        )
+    elif location == draft.base and adapter:
+        yield f"{said} is an adapter; name the model that it adapts{_adapted_by(paths[location])}"
     elif draft.options.output == "adapter" and not adapter:
         yield f"{said} is no PEFT adapter (no adapter_config.json), and `output: adapter` merges nothing else"
     elif adapter and location.adapter is None and draft.base is None and draft.options.output == "model":
         yield f"{said} is an adapter; name its base_model, or write it as model+adapter"
+
+
+def _adapted_by(adapter: Path) -> str:
+    """Said where its config says it."""
+    with suppress(OSError, ValueError, AttributeError):
+        if name := json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path"):
+            return f": '{name}', by its {ADAPTER_CONFIG}"
+    return ""
 
 
 def _raise(problems: list[str], title: str) -> None:

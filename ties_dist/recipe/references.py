@@ -29,8 +29,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (path / ADAPTER_CONFIG).is_file()
+    """Whether a folder holds a PEFT adapter. Beside a whole model that was saved later, a config alone is none."""
+    if not (path / ADAPTER_CONFIG).is_file():
+        return False
+    return (path / ADAPTER_WEIGHTS).exists() or not any(path.glob("*.safetensors"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from xxhash import xxh3_128_hexdigest
 from ties_dist.checkpoints.catalogue import MAX_HEADER_BYTES, Checkpoint, open_checkpoint
 from ties_dist.checkpoints.header import TensorEntry
 from ties_dist.errors import CheckpointError
+from ties_dist.recipe.references import Location, locate
 
 
 class MemorySpan:
@@ -70,6 +72,7 @@ def floats(*names: str, numel: int = 1) -> bytes:
 
 
 def folder(root: Path, files: Mapping[str, bytes | object]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (root / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     return root
@@ -272,14 +275,69 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
             r"2 \.safetensors files \(a\.safetensors, b\.safetensors\) and no",
         ),
         ({ONE: b"", TWO: b""}, r"2 \.safetensors files .* and no safetensors\.index\.json: which of them"),
-        ({"pytorch_model.bin": b""}, r"pytorch_model\.bin: only safetensors are read; convert it to safetensors"),
-        ({"model.gguf": b"", "x.pt": b""}, r"model\.gguf, x\.pt: only safetensors .* convert it to safetensors"),
+        ({"pytorch_model.bin": b""}, r"pytorch_model\.bin: only safetensors are read; convert it first"),
+        ({"model.gguf": b"", "x.pt": b""}, r"model\.gguf: holds rounded weights for llama\.cpp"),
         ({"a.safetensors.index.json": {}, "b.safetensors.index.json": {}}, r"2 indexes \(a\.safet.*\): keep the one"),
     ],
 )
 def test_a_directory_that_is_no_checkpoint_says_why(tmp_path: Path, files: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         catalogue(folder(tmp_path, files))
+
+
+def test_a_folder_of_checkpoints_names_them_and_each_can_be_named(tmp_path: Path) -> None:
+    below = [folder(tmp_path / "run" / name, {"model.safetensors": floats("a")}) for name in ("step-2", "step-10")]
+    (tmp_path / "run" / "logs").mkdir()
+    with pytest.raises(CheckpointError, match=r"models are below it \(step-10, step-2\).* the one .*: 'run/step-10'\."):
+        catalogue(tmp_path / "run")
+    assert all(catalogue(path).tensors for path in below)
+
+
+def test_a_pipeline_names_its_parts(tmp_path: Path) -> None:
+    folder(tmp_path / "sd" / "unet", {"diffusion_pytorch_model.safetensors": floats("a")})
+    folder(tmp_path / "sd", {"model_index.json": {"_class_name": "Any"}})
+    with pytest.raises(CheckpointError, match=r"a pipeline of diffusers: models are its parts \(unet\).*: 'sd/unet'"):
+        catalogue(tmp_path / "sd")
+    assert catalogue(tmp_path / "sd" / "unet").tensors
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_links_to_nothing_are_named_and_what_they_lack_can_be_copied_there(tmp_path: Path, index: bool) -> None:
+    there = folder(tmp_path / "there", {"x": floats("a")}) / "x"
+    here = folder(tmp_path / "here", {INDEX: {"weight_map": {"a": ONE}}} if index else {})
+    (here / ONE).symlink_to("../lost")
+    with pytest.raises(CheckpointError, match=rf"{ONE}: is a link to what is not there \(\.\./lost\)\. Copy the files"):
+        catalogue(here)
+    (here / ONE).unlink()
+    shutil.copy(there, here / (ONE if index else "model.safetensors"))
+    assert set(catalogue(here).tensors) == {"a"}
+
+
+def test_a_lost_blob_of_the_hubs_cache_is_fetched_by_the_hubs_name(tmp_path: Path) -> None:
+    snapshot = folder(tmp_path / "hub/models--some-org--a.model/snapshots/0123ab", {"config.json": {}})
+    (snapshot / "model.safetensors").symlink_to("../../blobs/ff")
+    with pytest.raises(CheckpointError, match=r"Write 'some-org/a\.model@0123ab' in the recipe instead") as caught:
+        catalogue(snapshot)
+    asked = re.search(r"Write '(\S+)' in", str(caught.value))
+    assert asked is not None
+    found = locate(asked[1], [tmp_path])
+    assert isinstance(found, Location) and found.identity == ("some-org/a.model", "0123ab")
+
+
+@pytest.mark.slow
+def test_a_pickle_is_converted_as_the_advice_says(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8))
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"`AutoModelForCausalLM\.from_pretrained\(.*`save_pretrained` into a new"
+    ):
+        catalogue(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "new")
+    assert catalogue(tmp_path / "new").tensors["transformer.wte.weight"].shape == (20, 8)
 
 
 def test_a_lone_shard_is_not_a_model(tmp_path: Path) -> None:
@@ -289,7 +347,7 @@ def test_a_lone_shard_is_not_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("model.bin", r"model\.bin: not a \.safetensors file; convert"), (INDEX, "is an index; name the directory")],
+    [("model.bin", r"model\.bin: only safetensors are read; convert"), (INDEX, "is an index; name the directory")],
 )
 def test_a_file_that_is_not_safetensors_is_refused_by_its_name(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
@@ -570,7 +628,6 @@ def test_twenty_thousand_problems_are_found_in_a_moment_and_told_in_twenty_lines
 
 
 def test_the_catalogue_imports_neither_torch_nor_numpy() -> None:
-    modules = "ties_dist.checkpoints.catalogue, ties_dist.inputs.congruence"
-    code = f"import sys, {modules}; print({{'torch', 'numpy'}} & set(sys.modules))"
+    code = "import sys, ties_dist.checkpoints.catalogue; print({'torch', 'numpy'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout == "set()\n"

@@ -242,16 +242,30 @@ def test_an_extra_non_float_tensor_is_dropped_and_said() -> None:
 
 
 @pytest.mark.parametrize("nested", [None, "text_config"])
-def test_a_quantization_config_is_refused_by_name(nested: str | None) -> None:
+def test_a_quantization_config_that_is_left_over_is_said(nested: str | None) -> None:
     config: dict[str, object] = {"quantization_config": {"quant_method": "gptq"}}
     expert = checkpoint("math", PLAIN, config={nested: config} if nested else config)
-    message = refusal(checkpoint("b", PLAIN), expert)
-    assert message == (
-        "the models do not fit the base:\n"
-        "  expert 'math': config.json has a quantization_config (gptq).\n"
-        "Quantised weights are not supported yet: dequantise the model first."
+    merge_set = compared(checkpoint("b", PLAIN), expert)
+    assert merge_set.elements == 11
+    assert merge_set.notes == (
+        "expert 'math': config.json has a quantization_config (gptq), and its weights are plain",
     )
-    assert "\n  base: config.json has a quantization_config (gptq)." in refusal(expert, checkpoint("b", PLAIN))
+
+
+def test_a_quantised_model_is_one_line_and_its_codes_and_scales_are_none() -> None:
+    layers = [f"layers.{i}.q" for i in range(28)]
+    base = checkpoint("b", {f"{layer}.weight": ("BF16", (8, 8)) for layer in layers})
+    codes = {f"{layer}.qweight": ("I32", (1, 8)) for layer in layers}
+    scales = {f"{layer}.scales": ("F16", (1, 8)) for layer in layers}
+    expert = checkpoint("math", {**codes, **scales}, {"quantization_config": {"quant_method": "gptq"}})
+    assert refusal(base, expert) == (
+        "the models do not fit the base:\n"
+        "  expert 'math': 28 tensors quantised as I32 (layers.0.q.qweight), by gptq.\n"
+        "Quantised weights are not read yet: name the model that they were made from."
+    )
+    assert "\n  base: 28 tensors quantised as I32 (layers.0.q.qweight), by gptq.\nQuant" in refusal(expert, base)
+    # Following it leads on.
+    assert compared(base, checkpoint("math", {f"{layer}.weight": ("F16", (8, 8)) for layer in layers})).elements == 1792
 
 
 def test_an_empty_quantization_config_means_nothing() -> None:
@@ -266,7 +280,7 @@ def test_small_float_dtypes_are_refused_by_name(dtype: str) -> None:
     plain = checkpoint("p", {"a": ("BF16", (8,)), "b": ("BF16", (8,)), "c": ("F32", (1,))})
     assert f"\n  base: 2 tensors quantised as {dtype} (a)." in refusal(quantised, plain)
     assert f"\n  expert 'q': 2 tensors quantised as {dtype} (a)." in refusal(plain, quantised)
-    assert "Quantised weights are not supported yet" in refusal(quantised, quantised)
+    assert "Quantised weights are not read yet" in refusal(quantised, quantised)
 
 
 @pytest.mark.parametrize(
