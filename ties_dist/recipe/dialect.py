@@ -32,7 +32,12 @@ _UNSUPPORTED_METHODS = (
     *("slerp", "nuslerp", "multislerp", "nearswap", "passthrough", "model_stock", "arcee_fusion", "karcher", "sce"),
     *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "ram", "ramplus_tl"),
 )
-_UNSUPPORTED_PARAMETERS = ("rescale", "gamma", "epsilon", "select_topk", "filter_wise", "scale", "t")
+_MERGEKIT_PARAMETERS = ("gamma", "epsilon", "select_topk", "filter_wise", "scale", "t")
+_STRAY_KEYS = (
+    *("name", "description", "output", "output_dir", "output_name", "output_path", "out_dir", "out_path"),
+    *("hub_repo", "license", "author", "tags"),
+)
+"""Written by other tools beside what is merged; mergekit, too, reads over them."""
 
 
 class MethodSpec(Protocol):
@@ -122,9 +127,13 @@ def read_draft(
 
 def _read_top_level(draft: Draft) -> None:
     for key, value in draft.document.items():
-        if key in _UNSUPPORTED_KEYS:
+        if key in ("tokenizer_source", "tokenizer") and _names_the_base(draft, value):
+            draft.notes.append(f"{key}: the base's tokenizer is what the output has anyhow.")
+        elif key in _UNSUPPORTED_KEYS:
             if value is not None:
                 draft.problems.append(f"{key}: a mergekit feature that ties_dist does not support yet")
+        elif key in _STRAY_KEYS:
+            draft.notes.append(f"{key} has no effect: it says nothing of how models are merged.")
         elif key not in _TOP_LEVEL:
             draft.problems.append(f"{key}: unknown key; {_hint(draft, key, _TOP_LEVEL)}")
 
@@ -146,6 +155,12 @@ def _read_top_level(draft: Draft) -> None:
     draft.dtype, draft.out_dtype = _read_dtype(draft, "dtype"), _read_dtype(draft, "out_dtype")
     if draft.dtype in ("float16", "bfloat16"):
         draft.notes.append(f"dtype {draft.dtype} is the output's type only: arithmetic stays float32.")
+
+
+def _names_the_base(draft: Draft, tokenizer: object) -> bool:
+    """`base`, or `{source: base}` and nothing else; only a base in the recipe has one."""
+    said = tokenizer.get("source") if isinstance(tokenizer, Mapping) and len(tokenizer) == 1 else tokenizer
+    return said == "base" and draft.document.get("base_model") is not None
 
 
 def _read_dtype(draft: Draft, key: str) -> str | None:
@@ -306,12 +321,13 @@ def _read_settings(
     draft: Draft, raw: Mapping[str, object], where: str, spec: MethodSpec, *, per_model: bool
 ) -> dict[str, Setting]:
     by_name = {p.name: p for p in spec.parameters}
+    elsewhere = {p.name for each in draft.methods.values() for p in each.parameters}.union(_MERGEKIT_PARAMETERS)
     settings = {}
     for key, value in raw.items():
         at = f"{where}.{key}"
         parameter = by_name.get(key)
-        if parameter is None and key in _UNSUPPORTED_PARAMETERS:
-            draft.problems.append(f"{at}: a mergekit parameter that {draft.method} does not support yet")
+        if parameter is None and key in elsewhere:
+            draft.notes.append(f"{at} has no effect: {draft.method} has no such parameter, other methods have.")
         elif parameter is None:
             known = [p.name for p in spec.parameters if p.per_model or not per_model]
             draft.problems.append(f"{at}: unknown key; {_hint(draft, key, known)}")

@@ -184,11 +184,13 @@ def _read_points(raw: object, parameter: Parameter, where: str, problems: list[s
 
 
 def _read_number(raw: object, parameter: Parameter) -> float | str:
-    """The number, or what is wrong with it. Strict: true is not 1, "0.5" in quotes is not 0.5."""
+    """The number, or what is wrong with it. Strict: true is not 1, "0.5" in quotes is not 0.5; but 1 is true."""
+    if parameter.kind == "bool" and isinstance(raw, (int, float)) and raw in (0, 1):
+        return bool(raw)  # as mergekit reads them
     if isinstance(raw, str) and _SCIENTIFIC.fullmatch(raw) and parameter.kind == "float":
         raw = float(raw)
     right_type = {
-        "bool": isinstance(raw, bool),
+        "bool": False,
         "int": isinstance(raw, int) and not isinstance(raw, bool),
         "float": isinstance(raw, (int, float)) and not isinstance(raw, bool),
     }[parameter.kind]
@@ -197,8 +199,6 @@ def _read_number(raw: object, parameter: Parameter) -> float | str:
     if not right_type or not isinstance(raw, (int, float)):
         hint = " (a number in quotes is text: drop the quotes)" if isinstance(raw, str) and _is_number(raw) else ""
         return f"{_expected(parameter)}, found {short(raw)}{hint}"
-    if parameter.kind == "bool":
-        return raw
     if not _is_finite(raw):
         return f"must be finite (and fit float32), found {short(raw)}"
     low, high = parameter.minimum, parameter.maximum

@@ -456,7 +456,13 @@ def test_every_point_of_a_gradient_is_in_range(load: Load) -> None:
         load(ties(parameters={"density": [1, 7]}, ties_dist={"trim_scope": "tensor"}))
 
 
-@pytest.mark.parametrize("value", [1, 0, "true", "yes", None])
+@pytest.mark.parametrize("value", [1, 1.0, 0, 0.0])
+def test_one_and_zero_are_true_and_false_as_in_mergekit(load: Load, value: float) -> None:
+    recipe = load(ties(parameters={"density": 0.2, "normalize": value}))
+    assert recipe.options.aggregate == ("mean" if value else "sum")
+
+
+@pytest.mark.parametrize("value", [2, 0.5, "true", "yes", None])
 def test_booleans_are_true_or_false(load: Load, value: object) -> None:
     with pytest.raises(RecipeError, match=r"parameters\.normalize: .*must be true or false"):
         load(ties(parameters={"density": 0.2, "normalize": value}))
@@ -659,9 +665,12 @@ def test_keys_that_are_not_text_are_unknown_keys(load: Load) -> None:
         load(TIES + "on: 1\n")
 
 
-def test_parameters_of_another_method_are_named_as_such(load: Load) -> None:
-    with pytest.raises(RecipeError, match=r"parameters\.density: unknown key; linear has no such parameter"):
-        load(linear(1, 1, parameters={"density": 0.2}))
+def test_parameters_of_another_method_are_said_to_have_no_effect(load: Load) -> None:
+    for name in ("density", "epsilon", "t"):  # of ties; of methods that mergekit has
+        said = f"parameters.{name} has no effect: linear has no such parameter, other methods have."
+        assert said in load(linear(1, 1, parameters={name: 0.2})).notes
+    with pytest.raises(RecipeError, match=r"parameters\.wieght: unknown key; did you mean 'weight'"):
+        load(linear(1, 1, parameters={"wieght": 1}))
 
 
 def test_a_global_parameter_under_a_model_is_sent_to_its_place(load: Load) -> None:
@@ -684,7 +693,27 @@ def test_options_of_every_method_are_understood_by_every_method(load: Load) -> N
 @pytest.mark.parametrize("key", ["slices", "modules", "tokenizer_source", "tokenizer", "chat_template"])
 def test_mergekit_features_not_supported_yet_are_refused_by_name(load: Load, key: str) -> None:
     with pytest.raises(RecipeError, match=rf"{key}: a mergekit feature that ties_dist does not support yet"):
-        load(ties(**{key: "base"}))
+        load(ties(**{key: "union"}))
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
+def test_the_bases_tokenizer_may_be_asked_for(load: Load, key: str) -> None:
+    said = f"{key}: the base's tokenizer is what the output has anyhow."
+    assert said in load(ties(**{key: "base"})).notes
+    assert said in load(ties(**{key: {"source": "base"}})).notes
+    for value in ({"source": "base", "tokens": {}}, {"source": "union"}):
+        with pytest.raises(RecipeError, match=rf"{key}: a mergekit feature"):
+            load(ties(**{key: value}))
+    with pytest.raises(RecipeError, match=rf"{key}: a mergekit feature"):
+        load(linear(1, 1, **{key: "base"}))
+
+
+def test_what_other_tools_write_into_a_recipe_is_said_and_read_over(load: Load) -> None:
+    notes = load(ties(name="mine", output_dir="/somewhere")).notes
+    for key in ("name", "output_dir"):
+        assert f"{key} has no effect: it says nothing of how models are merged." in notes
+    with pytest.raises(RecipeError, match=r"outputs_of: unknown key"):
+        load(ties(outputs_of=1))
 
 
 def test_a_recipe_of_slices_is_refused_for_its_slices_alone(load: Load) -> None:
@@ -698,11 +727,6 @@ def test_mergekit_methods_not_supported_yet_are_refused_by_name(load: Load, meth
     message = rf'merge_method "{method}" is a mergekit method that ties_dist does not support yet'
     with pytest.raises(RecipeError, match=message):
         load(ties(merge_method=method))
-
-
-def test_mergekit_parameters_not_supported_yet_are_refused_by_name(load: Load) -> None:
-    with pytest.raises(RecipeError, match=r"parameters\.rescale: a mergekit parameter that ties does not support yet"):
-        load(ties(parameters={"density": 0.2, "rescale": True}))
 
 
 def test_a_plus_means_an_adapter(load: Load) -> None:
@@ -725,7 +749,7 @@ def test_all_problems_of_a_recipe_come_in_one_error(load: Load) -> None:
     models:
       - {model: math, parameters: {densty: 0.2}}
       - {model: nowhere, paramters: {}}
-    parameters: {density: 20, normalize: 1}
+    parameters: {density: 20, normalize: 2}
     dtype: float8
     ties_dist: {elect: mas}
     """
