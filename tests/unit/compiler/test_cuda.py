@@ -1,35 +1,30 @@
-"""The GPU path without a GPU: PTX by NVIDIA's own assembler, staging and streams against a driver that only remembers.
+"""The GPU path without a GPU: PTX by NVIDIA's own assembler, staging and streams against a stand-in for the driver.
 
-The stand-in's memory is this process's, and its streams do nothing before they are waited for. A launch calls the loop
-compiled for the processor. What it cannot tell is what a real driver does: `test_on_a_real_gpu` needs one.
+What that cannot tell is what a real driver does: `test_on_a_real_gpu` needs one; `benchmarks.device` checks the same.
 """
 
 from __future__ import annotations
 
-import ctypes
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import ties_dist
+from tests import cuda_checks
 from tests.conftest import Checkpoints, random_models
+from tests.cuda_driver import Driver
 from ties_dist.compiler import cuda
 from ties_dist.compiler.cuda import Gpus, compile_ptx, load_driver
 from ties_dist.compiler.fuse import fuse
 from ties_dist.compiler.kernel import MergeKernel
 from ties_dist.compiler.loop import Loop
-from ties_dist.compiler.native import compile_loop, load
 from ties_dist.compiler.slices import Slice
 from ties_dist.compiler.trace import trace
 from ties_dist.dtypes import DType
@@ -72,117 +67,6 @@ def test_the_assembler_takes_it(architecture: str, dtype: DType, tmp_path: Path)
 
 
 # -- the driver --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Driver:
-    """As much of the driver's interface as is used, over this process's memory."""
-
-    devices: int = 2
-    CUdevice_attribute: Any = field(
-        default_factory=lambda: SimpleNamespace(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=16)
-    )
-    allocated: dict[int, Any] = field(default_factory=dict)
-    loops: dict[str, Loop] = field(default_factory=dict)
-    streams: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    launches: list[int] = field(default_factory=list)
-    _context: threading.local = field(default_factory=threading.local)
-
-    def compile(self, loop: Loop) -> str:
-        """In place of `compile_ptx`."""
-        name = f"// {len(self.loops)}"
-        self.loops[name] = loop
-        return name
-
-    def _inside(self) -> None:
-        assert getattr(self._context, "stack", []), "a call without a current context"
-
-    def cuInit(self, _: int) -> tuple[int]:
-        return (0,)
-
-    def cuDeviceGetCount(self) -> tuple[int, int]:
-        return 0, self.devices
-
-    def cuDeviceGet(self, number: int) -> tuple[int, int]:
-        return 0, number
-
-    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[int, str]:
-        return 0, f"context {device}"
-
-    def cuDevicePrimaryCtxRelease(self, _: int) -> tuple[int]:
-        return (0,)
-
-    def cuDeviceGetAttribute(self, attribute: int, _: int) -> tuple[int, int]:
-        return 0, attribute
-
-    def cuCtxPushCurrent(self, context: str) -> tuple[int]:
-        self._context.stack = [*getattr(self._context, "stack", []), context]
-        return (0,)
-
-    def cuCtxPopCurrent(self) -> tuple[int, str]:
-        return 0, self._context.stack.pop()
-
-    def cuStreamCreate(self, flags: int) -> tuple[int, int]:
-        self._inside()
-        assert flags == 1
-        self.streams[len(self.streams)] = []
-        return 0, len(self.streams) - 1
-
-    def cuStreamDestroy(self, stream: int) -> tuple[int]:
-        assert self.streams.pop(stream) == []
-        return (0,)
-
-    def _allocate(self, size: int) -> tuple[int, int]:
-        self._inside()
-        memory = np.full(size, 0xA5, dtype=np.uint8)  # not cleared
-        self.allocated[memory.ctypes.data] = memory
-        return 0, memory.ctypes.data
-
-    def cuMemHostAlloc(self, size: int, _: int) -> tuple[int, int]:
-        return self._allocate(size)
-
-    def cuMemAlloc(self, size: int) -> tuple[int, int]:
-        return self._allocate(size)
-
-    def _free(self, address: int) -> tuple[int]:
-        del self.allocated[address]
-        return (0,)
-
-    cuMemFree = cuMemFreeHost = _free
-
-    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[int]:
-        self._inside()
-        self.streams[stream].append(lambda: ctypes.memmove(target, source, size) and None)
-        return (0,)
-
-    cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
-
-    def cuModuleLoadData(self, image: int) -> tuple[int, str]:
-        self._inside()
-        return 0, ctypes.string_at(image).decode()
-
-    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, Any]:
-        assert name == b"merge"
-        loop = self.loops[module]
-        return 0, load(compile_loop(loop), len(loop.counters))
-
-    def cuLaunchKernel(self, function: Any, *grid: int) -> tuple[int]:
-        self._inside()
-        blocks, _, _, threads, _, _, shared, stream, parameters, extra = grid
-        assert 0 < blocks <= 16 * 4 and threads % 32 == 0 and shared == extra == 0
-        pointers = (ctypes.c_void_p * 6).from_address(parameters)
-        inputs, out, state, counters = (ctypes.c_uint64.from_address(p or 0).value for p in pointers[:4])
-        position, n = (ctypes.c_int64.from_address(p or 0).value for p in pointers[4:])
-        self.launches.append(n)
-        self.streams[stream].append(lambda: function._function(inputs, out, state, counters, position, n))
-        return (0,)
-
-    def cuStreamSynchronize(self, stream: int) -> tuple[int]:
-        self._inside()
-        work, self.streams[stream] = self.streams[stream], []
-        for step in work:
-            step()
-        return (0,)
 
 
 @pytest.fixture
@@ -277,16 +161,14 @@ def test_without_the_package_it_says_how_to_install_it(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_on_a_real_gpu(dtype: torch.dtype, merge_job: Checkpoints, tmp_path: Path) -> None:
+def test_on_a_real_gpu(tmp_path: Path) -> None:
     try:
         load_driver()
     except PlanError as reason:
         pytest.skip(str(reason))
-    recipe = merge_job(random_models({"a.weight": (1024, 3000), "b.weight": (513, 7)}, experts=3, dtype=dtype))
-    one = ties_dist.merge(recipe, tmp_path / "cpu", device="cpu")
-    two = ties_dist.merge(recipe, tmp_path / "cuda", device="cuda")
-    assert (one.output_digest, two.kernel) == (two.output_digest, "cuda")
+    wrong = {str(check): cuda_checks.differences(check, tmp_path) for check in cuda_checks.every_check()}
+    assert {check: found for check, found in wrong.items() if found} == {}
+    assert cuda_checks.refusals(tmp_path) == []
 
 
 def test_too_little_memory_on_the_gpu_is_said(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
