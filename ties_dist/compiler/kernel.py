@@ -129,6 +129,9 @@ class MergeKernel:
         return load(code, len(loop.counters))
 
     def _make_ptx(self, each: Slice) -> tuple[str, int]:
+        key = self._key(each.types, each.out_type, each.state, "ptx")
+        if is_ours(self.method) and (kept := self.store.get_ptx(key)) is not None:
+            return kept
         from ties_dist.compiler.cuda import compile_ptx
         from ties_dist.compiler.trace import UntraceableError
 
@@ -136,10 +139,14 @@ class MergeKernel:
             loop = loop_of(self.method, self._function(each.out_type), each.types, each.state)
         except UntraceableError as error:
             raise PlanError(f"`{self.method.name}` cannot run on a GPU ({error}). Use --device cpu.") from error
-        return compile_ptx(loop), len(loop.counters)
+        ptx = compile_ptx(loop)
+        if is_ours(self.method):
+            self.store.put(key, ptx.encode(), len(loop.counters))
+        return ptx, len(loop.counters)
 
-    def _key(self, types: Sequence[DType], out_type: DType, state: State) -> str:
-        return self.store.key(_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state))
+    def _key(self, types: Sequence[DType], out_type: DType, state: State, *more: str) -> str:
+        facts = (_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state), *more)
+        return self.store.key(*facts)
 
     def _function(self, out_type: DType) -> Fused:
         if out_type not in self._fused:

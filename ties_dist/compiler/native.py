@@ -1,8 +1,8 @@
 """Compiling a kernel's loop for this processor, keeping it on disk, and calling it.
 
-LLVM comes with numba (llvmlite): no compiler has to be installed on any machine. A kept kernel is an object file
-beside the statistics cache; loading it takes milliseconds and no torch. A call releases the GIL, so threads compute in
-parallel.
+LLVM comes with numba (llvmlite): no compiler has to be installed on any machine. A kept kernel is an object file, or
+PTX, beside the statistics cache; loading it takes milliseconds and no torch. A call releases the GIL, so threads
+compute in parallel.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FUNCTION = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
 )
+Kept = TypeVar("Kept")
 LARGEST = 1 << 30
 """Elements of one call: longer slices are cut, so that no 32-bit counter overflows."""
 
@@ -151,7 +152,10 @@ def load(code: bytes, counters: int) -> NativeKernel:
 
 @dataclass(frozen=True)
 class KernelStore:
-    """Object files by name; folder None: nothing is kept. An unreadable or damaged one is compiled again."""
+    """Compiled code by name, for this processor or (PTX) any GPU; folder None: nothing is kept.
+
+    What is unreadable or damaged is compiled again.
+    """
 
     folder: Path | None = None
 
@@ -161,6 +165,13 @@ class KernelStore:
         return xxhash.xxh3_128_hexdigest(text.encode())
 
     def get(self, key: str) -> NativeKernel | None:
+        return self._get(key, load)
+
+    def get_ptx(self, key: str) -> tuple[str, int] | None:
+        """PTX, and how many counters it has."""
+        return self._get(key, lambda code, counters: (code.decode(), counters))
+
+    def _get(self, key: str, opened: Callable[[bytes, int], Kept]) -> Kept | None:
         if self.folder is None:
             return None
         try:
@@ -168,7 +179,7 @@ class KernelStore:
             checksum, counters = head.split()
             if xxhash.xxh3_128_hexdigest(counters + code).encode() != checksum:
                 raise ValueError("it is damaged")
-            return load(code, int(counters))
+            return opened(code, int(counters))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

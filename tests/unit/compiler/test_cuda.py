@@ -25,6 +25,7 @@ from ties_dist.compiler.cuda import Gpus, compile_ptx, load_driver
 from ties_dist.compiler.fuse import fuse
 from ties_dist.compiler.kernel import MergeKernel
 from ties_dist.compiler.loop import Loop
+from ties_dist.compiler.native import KernelStore
 from ties_dist.compiler.slices import Slice
 from ties_dist.compiler.trace import trace
 from ties_dist.dtypes import DType
@@ -125,6 +126,28 @@ def test_slots_are_shared_by_threads_and_reused(driver: Driver) -> None:
     assert len(driver.allocated) <= 2 * len(gpus.slots)
     gpus.close()
     assert driver.allocated == {}
+
+
+def test_ptx_is_kept_and_taken_again_without_tracing(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, first, second = (slices_of([1000], "bfloat16") for _ in range(3))
+    MergeKernel(Ties(), 2, store=KernelStore(tmp_path))(expected)
+    MergeKernel(Ties(), 2, store=KernelStore(tmp_path), gpus=Gpus(driver, threads=2))(first)
+    assert len(list(tmp_path.iterdir())) == 2, "the processor's and the GPUs'"
+    monkeypatch.setattr("ties_dist.compiler.trace.trace", None)
+    MergeKernel(Ties(), 2, store=KernelStore(tmp_path), gpus=Gpus(driver, threads=2))(second)
+    assert bytes(first[0].out) == bytes(second[0].out) == bytes(expected[0].out)
+
+
+def test_damaged_ptx_is_never_run(driver: Driver, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = slices_of([1000], "bfloat16"), slices_of([1000], "bfloat16")
+    MergeKernel(Ties(), 2, store=KernelStore(tmp_path), gpus=Gpus(driver, threads=2))(first)
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes().replace(b".f32", b".f64", 1))
+    MergeKernel(Ties(), 2, store=KernelStore(tmp_path), gpus=Gpus(driver, threads=2))(second)
+    assert "cannot be used" in caplog.text
+    assert bytes(first[0].out) == bytes(second[0].out)
 
 
 def test_a_whole_merge_on_two_gpus_has_the_processors_digest(
