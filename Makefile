@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 # torch's OpenMP threads spin while they wait; on a busy machine that makes a fine-tuning step 5 to 8 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check test-all drill drill-ray simulate bench paper paper-quick clean
+.PHONY: demo test check test-all drill drill-ray simulate bench bench-device paper paper-quick clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart/run.py
@@ -54,6 +54,11 @@ paper: .venv/installed
 # Against mergekit on TinyLlama-1.1B shapes, with the ceiling measured in the same run; needs 14 GB of disk.
 bench: .venv/installed .venv-mergekit/installed
 	$(BIN)/python -m benchmarks.vs_peers --report
+
+# What a machine with a GPU and many cores can tell, in eight minutes, by any Python with torch and numba: no network, no
+# environment of ours, missing packages from build/wheels (benchmarks/device.md).
+bench-device:
+	$(PYTHON) -m benchmarks.device --out build/device
 
 # Of fusion-bench one file judges a test; what it depends on is a training framework.
 .venv/installed: pyproject.toml constraints.txt

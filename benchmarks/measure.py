@@ -10,6 +10,7 @@ Standard library only, for the same reason. Also a better `time`:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import mmap
 import os
@@ -177,10 +178,28 @@ def machine(folder: Path) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    return found | {"commit": commit.stdout.strip() or "unknown"}
+    return found | {"commit": _commit()}
+
+
+def _commit() -> str:
+    """As git names it; of files without a repository, the first digits of their SHA-256."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty"]
+        found = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    if found:
+        return found
+    content = hashlib.sha256()
+    for file in sorted((REPOSITORY / "ties_dist").rglob("*.py")):
+        content.update(file.read_bytes())
+    return f"unknown; SHA-256 of the package's files begins with {content.hexdigest()[:12]}"
+
+
+def available_bytes() -> int:
+    """Memory that is free or can be freed."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _file_system(folder: Path) -> str:

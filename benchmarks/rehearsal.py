@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.checkpoints.catalogue import open_checkpoint
 from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.cli.options import size
+from ties_dist.compiler import cuda
 from ties_dist.compiler.native import KernelStore
 from ties_dist.engine.passes import Forgetful, Passes
 from ties_dist.errors import CheckpointError, OutputError
@@ -259,7 +261,10 @@ class Rehearsal:
 
 @dataclass
 class Stage:
-    """One model family under an empty folder; every `merge` is a run of all passes with a worker of its own."""
+    """One model family under an empty folder; every `merge` is a run of all passes with a worker of its own.
+
+    gpus: where slices are merged, instead of on the processor.
+    """
 
     folder: Path
     tensors: Mapping[str, Shape]
@@ -267,6 +272,7 @@ class Stage:
     experts: int
     resources: Resources
     pool_elements: int = POOL_ELEMENTS
+    gpus: cuda.Gpus | None = None
 
     @cached_property
     def pools(self) -> Pools:
@@ -298,12 +304,16 @@ class Stage:
     def passes(self, plan: MergePlan, speculate: bool | None = None) -> Passes:
         kernels = KernelStore(cache_folder(None) / KERNELS)
         worker = Worker(
-            plan, lambda model: OpenFiles((self.readers[Path(model.path)],)), self.resources.kernel, kernels
+            plan,
+            lambda model: OpenFiles((self.readers[Path(model.path)],)),
+            self.resources.kernel,
+            kernels,
+            self.gpus,
         )
         return Passes(
             plan=plan,
             step=MergeStep(worker, DiscardingWriter()),
-            executor=LocalExecutor(plan.threads),
+            executor=LocalExecutor(plan.threads, computing=self.resources.gpu_slots or None),
             keeper=Forgetful(),
             progress=LogProgress(),
             speculate=speculate,
@@ -388,6 +398,16 @@ def rehearse(stage: Stage, *, speculate: bool | None = None, plan_only: bool = F
     return found
 
 
+@contextmanager
+def gpus_of(device: str, threads: int) -> Iterator[cuda.Gpus | None]:
+    """All GPUs of the machine, for the length of a rehearsal; None for the processor."""
+    if device == "cpu":
+        yield None
+        return
+    with closing(cuda.Gpus(cuda.load_driver(), threads)) as gpus:
+        yield gpus
+
+
 # --- in a process of its own ---
 
 
@@ -418,6 +438,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--memory-budget", default="1GiB")
     parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threshold-pass", choices=sorted(SPECULATE), default="auto")
     parser.add_argument("--plan-only", action="store_true")
     parser.add_argument("--check", action="store_true", help="merge again with units of another size")
@@ -427,14 +448,20 @@ def main() -> None:
     if options.tensors:
         tensors = {f"layers.{i}.weight": (TENSOR_SIDE, TENSOR_SIDE) for i in range(options.tensors)}
         shard_bytes = TENSOR_SHARD_BYTES
-    resources = Resources(threads=options.threads, memory_budget=size(options.memory_budget))
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+    budget = size(options.memory_budget)
+    with (
+        tempfile.TemporaryDirectory(prefix="rehearsal-") as folder,
+        gpus_of(options.device, options.threads) as gpus,
+    ):
         stage = Stage(
             folder=Path(folder),
             tensors=tensors,
             shard_bytes=shard_bytes,
             experts=options.experts,
-            resources=resources,
+            resources=Resources(
+                threads=options.threads, memory_budget=budget, gpu_slots=len(gpus.slots) if gpus else 0
+            ),
+            gpus=gpus,
         )
         found = rehearse(
             stage, speculate=SPECULATE[options.threshold_pass], plan_only=options.plan_only, check=options.check
