@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/python examples/quickstart/run.py
 
 test: .venv/installed .venv-mergekit/installed
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -25,7 +25,9 @@ check: .venv/installed
 	$(MAKE) test
 
 # All there is to test, before a release; about an hour and a half.
-test-all: test drill drill-ray simulate
+test-all: .venv/installed .venv-mergekit/installed
+	$(PYTEST)
+	$(MAKE) drill drill-ray simulate
 
 # 100 merges, each killed several times at random moments; about 15 minutes.
 drill: .venv/installed

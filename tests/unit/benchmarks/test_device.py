@@ -40,7 +40,7 @@ def found_in(out: Path) -> dict[str, dict[str, object]]:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)  # a minute and a half; five on a machine with ten times the work it has cores for
 def test_all_parts_run_on_the_stand_in(tmp_path: Path) -> None:
     done = device(tmp_path, "--stand-in", "--scale", "tiny", "--patience", "20", "--wheels", str(tmp_path))
