@@ -1,8 +1,9 @@
 """The store of density-free statistics: what a scan counted, kept for the next density, lambda or recipe.
 
 One Zarr group per (base, expert, counted tensors), few large chunks: the coarse histogram, and every fine bucket ever
-counted. Keyed by input identities that cost no read of the data, so an entry may be stale: it is checked for inner
-agreement here, and every merge proves the thresholds it takes from it by counting (design.md, promise 2).
+counted, and a digest of both, since a lost chunk reads as zeros. Keyed by input identities that cost no read of the
+data, so an entry may be stale: it is checked for inner agreement here, and every merge proves the thresholds it takes
+from it by counting (design.md, promise 2).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ties_dist.values.inputs import Input
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
+"""1 had no digest."""
 
 
 @dataclass
@@ -68,15 +70,18 @@ class StatisticsStore:
             group = zarr.open_group(self.folder / key, mode="r")
             coarse = np.asarray(group["coarse"][:])  # type: ignore[index]
             fine = np.asarray(group["fine"][:])  # type: ignore[index]
-            buckets = [int(b) for b in np.asarray(group["buckets"][:])]  # type: ignore[index]
+            numbers = np.asarray(group["buckets"][:])  # type: ignore[index]
+            intact = group.attrs["digest"] == _content(coarse, fine, numbers)
         except Exception as error:  # whatever is wrong with a cache entry, the answer is to count again
             logger.warning("statistics cache entry %s is unreadable (%s): counting again", key, error)
             return None
+        buckets = [int(b) for b in numbers]
         known = Counted(coarse, dict(zip(buckets, fine, strict=False)))
         shaped = coarse.shape == (COARSE_BUCKETS,) and fine.shape == (len(buckets), FINE_BUCKETS)
         placed = all(0 <= b < COARSE_BUCKETS for b in buckets)
         if (
-            not shaped
+            not intact
+            or not shaped
             or not placed
             or coarse.sum() != elements
             or any(f.sum() != coarse[b] for b, f in known.fine.items())
@@ -98,10 +103,11 @@ class StatisticsStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
-            group = zarr.open_group(fresh, mode="w")
-            group.create_array("coarse", data=histogram.coarse)
-            group.create_array("buckets", data=np.array(sorted(fine), dtype=np.int64))
+            buckets = np.array(sorted(fine), dtype=np.int64)
             rows = np.stack([fine[b] for b in sorted(fine)]) if fine else np.zeros((0, FINE_BUCKETS), np.int64)
+            group = zarr.create_group(fresh, attributes={"digest": _content(histogram.coarse, rows, buckets)})
+            group.create_array("coarse", data=histogram.coarse)
+            group.create_array("buckets", data=buckets)
             group.create_array("fine", data=rows, chunks=(max(1, len(rows)), FINE_BUCKETS))
             old = fresh.with_name(fresh.name + ".old")
             if (self.folder / key).exists():
@@ -113,3 +119,7 @@ class StatisticsStore:
 
     def discard(self, key: str) -> None:
         shutil.rmtree(self.folder / key, ignore_errors=True)
+
+
+def _content(*arrays: np.ndarray) -> str:
+    return digest(b"".join(np.ascontiguousarray(each).tobytes() for each in arrays))
