@@ -99,6 +99,12 @@ def model_of(root: Path, i: int, patched: pytest.MonkeyPatch) -> tuple[torch.nn.
         return minilm_maker.make(root / f"m{i}")
 
 
+def mean_gram(inputs: list[np.ndarray]) -> np.ndarray:
+    """X^T X / rows over all inputs (rows, in), as the authors keep it."""
+    rows = np.concatenate(inputs)
+    return rows.T @ rows / len(rows)
+
+
 def test_regmean_of_minilm_equals_numpy_in_memory(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +127,7 @@ def test_regmean_of_minilm_equals_numpy_in_memory(
                 layer.register_forward_hook(keep(seen.setdefault(f"{name}.weight", [])))
         for line in (experts / f"data{i}.jsonl").read_text().splitlines():
             score(module, json.loads(line))  # type: ignore[operator]
-        grams.append({name: sum(x.T @ x for x in inputs) for name, inputs in seen.items() if inputs})  # type: ignore[misc]
+        grams.append({name: mean_gram(inputs) for name, inputs in seen.items() if inputs})
     assert len(grams[0]) >= 36  # six a layer, and the pooler
     for name in grams[0]:
         scaled = [0.9 * g[name] + 0.1 * np.diag(np.diag(g[name])) for g in grams]

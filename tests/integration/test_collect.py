@@ -115,6 +115,7 @@ def test_a_gram_matrix_is_the_sum_of_outer_products_of_the_inputs(job: Callable[
     assert store.arrays.keys() == {"0.weight", "2.weight"}
     np.testing.assert_allclose(store.read("0.weight"), sum(np.outer(x, x) for x in first), rtol=1e-5)
     np.testing.assert_allclose(store.read("2.weight"), sum(np.outer(h, h) for h in second), rtol=1e-5)
+    assert {name: entry.rows for name, entry in store.arrays.items()} == {"0.weight": 11, "2.weight": 11}
 
 
 @pytest.mark.parametrize("kind", ["fisher", "gram"])
@@ -176,6 +177,29 @@ def test_a_store_of_other_data_is_kept_unless_told(job: Callable[..., Any], tmp_
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(OutputError, match="is not empty, and is no store of statistics"):
         job(out=tmp_path / "mine", fresh=True)
+
+
+@pytest.mark.parametrize("fault", ["format", "chunk"])
+def test_a_store_that_is_refused_is_collected_again_as_it_says(
+    fault: str, job: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = job().identity
+    if fault == "format":
+        text = (tmp_path / "store" / "zarr.json").read_text()
+        (tmp_path / "store" / "zarr.json").write_text(text.replace('"version": 2', '"version": 1'))
+        with pytest.raises(CheckpointError, match="store of format 1") as refused:
+            ExpertStatistics.open(tmp_path / "store")
+        with pytest.raises(OutputError, match=r"store of format 1.*--fresh"):
+            job()
+    else:
+        (tmp_path / "store" / "0.bias" / "c" / "0").unlink()
+        with pytest.raises(CheckpointError, match=r"chunk 0 of 0\.bias is lost") as refused:
+            ExpertStatistics.open(tmp_path / "store").read("0.bias")
+    said = str(refused.value).split("`ties-dist ")[1].split("`")[0]
+    given = said.replace("CHECKPOINT", str(tmp_path / "model")).replace("FILE.jsonl", str(tmp_path / "data.jsonl"))
+    assert run(capsys, *given.split(), "--model", f"made_{tmp_path.name}:make").status == 0
+    store = ExpertStatistics.open(tmp_path / "store")
+    assert store.identity == expected and store.read("0.bias").shape == (4,)
 
 
 def test_lines_that_are_no_examples_are_all_told(job: Callable[..., Any], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,12 +43,13 @@ def identity_of(checkpoint: Path) -> str:
     return identify(open_checkpoint(checkpoint, name="it", reader=open_reader))
 
 
-def write_store(path: Path, kind: Kind, checkpoint: Path, arrays: Arrays, **transposed: bool) -> Path:
+def write_store(path: Path, kind: Kind, checkpoint: Path, arrays: Arrays, **how: int) -> Path:
+    """how: of each array, `rows` or `transposed`."""
     origin = Origin(kind=kind, checkpoint=identity_of(checkpoint), calibration="some", examples=3)
     store = ExpertStatistics(path, origin)
     store.create()
     for name, values in arrays.items():
-        store.add(name, values, transposed=transposed.get("transposed", False))
+        store.add(name, values, **how)
     store.finish()
     return path
 
@@ -81,9 +84,10 @@ def write_recipe(
     entries = []
     kind: Kind = "fisher" if method == "fisher" else "gram"
     weights = more.pop("weights", [1.0] * len(models))
+    rows = more.pop("rows", [0] * len(models))
     for i, (model, arrays, weight) in enumerate(zip(models, stores, weights, strict=True)):
         folder = write_checkpoint(root / f"m{i}", model, shards=2)
-        write_store(root / f"s{i}", kind, folder, arrays)
+        write_store(root / f"s{i}", kind, folder, arrays, rows=rows[i])
         entries.append({"model": f"m{i}", "statistics": f"s{i}", "parameters": {"weight": weight}})
     path = root / "recipe.yml"
     path.write_text(json.dumps({"merge_method": method, "models": entries, **more}))
@@ -148,6 +152,33 @@ def test_regmean_equals_its_closed_form(alpha: float, tmp_path: Path) -> None:
     for name in SHAPES.keys() - set(LINEAR):
         mean = sum(w * t[name] for w, t in zip(weights, theta, strict=True)) / sum(weights)
         np.testing.assert_allclose(found[name], mean, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("gram", ["mean", "sum", None])
+def test_a_gram_matrix_is_divided_by_its_rows_unless_told(gram: str | None, tmp_path: Path) -> None:
+    """The authors' code keeps X^T X / rows, so that one expert's longer texts do not outweigh the others."""
+    models, stores, rows = random_models(SHAPES, experts=3)[1:], grams(3), [1000, 40, 0]
+    stores[2] = {name: np.zeros_like(values) for name, values in stores[2].items()}  # its layers saw nothing
+    more = {"ties_dist": {"gram": gram}} if gram else {}
+    recipe = write_recipe(tmp_path, "regmean", models, stores, weights=[1.0, 0.5, 2.0], rows=rows, **more)
+    ties_dist.merge(recipe, tmp_path / "out")
+    shares = [1.0, 0.5, 0.0] if gram == "sum" else [1 / 1000, 0.5 / 40, 0.0]
+    for name in LINEAR:
+        weights = [doubles(m)[name] for m in models]
+        expected = closed_form([s[name] for s in stores], weights, 0.9, shares)
+        np.testing.assert_allclose(merged(tmp_path / "out")[name], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_how_grams_are_summed_is_part_of_the_merge(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "regmean", random_models(SHAPES, experts=2)[1:], grams(2), rows=[3, 4])
+    given, known = json.loads(recipe.read_text()), set()
+    for option in ({}, {"gram": "mean"}, {"gram": "sum"}):
+        recipe.write_text(json.dumps({**given, "ties_dist": option}))
+        known.add(ties_dist.plan(recipe).fingerprint)
+    recipe.write_text(json.dumps(given))
+    shutil.rmtree(tmp_path / "s1")
+    write_store(tmp_path / "s1", "gram", tmp_path / "m1", grams(2)[1], rows=5)
+    assert len(known) == 2 and ties_dist.plan(recipe).fingerprint not in known
 
 
 def test_an_input_that_was_always_zero_takes_the_mean(tmp_path: Path) -> None:
@@ -278,6 +309,70 @@ def test_what_is_wrong_with_stores_is_said(tmp_path: Path) -> None:
         ties_dist.plan(recipe)
     (tmp_path / "s0" / "zarr.json").unlink()
     with pytest.raises(CheckpointError, match=r"s0"):
+        ties_dist.plan(recipe)
+
+
+WIDE = {"a.weight": (1100, 1000), "b.weight": (1100, 1000)}
+"""Two chunks each, of which the second is not full."""
+DAMAGE = {
+    "lost": (lambda chunks: chunks[1].unlink(), r"chunk 1 of a\.weight is lost"),
+    "flipped": (lambda chunks: flip(chunks[1], 100), r"chunk 1 of a\.weight cannot be read: .*checksum"),
+    "flipped behind the end": (lambda chunks: flip(chunks[1], -9), r"chunk 1 of a\.weight cannot be read: .*checksum"),
+    "cut short": (lambda chunks: os.truncate(chunks[0], 5000), r"chunk 0 of a\.weight cannot be read"),
+    "emptied": (lambda chunks: os.truncate(chunks[0], 0), r"chunk 0 of a\.weight cannot be read"),
+    "another array's": (
+        lambda chunks: shutil.copy(chunks[0].parents[2] / "b.weight" / "c" / "0", chunks[0]),
+        r"chunk 0 of a\.weight is not what was written",
+    ),
+    "another array": (
+        lambda chunks: shutil.copytree(chunks[0].parents[2] / "b.weight", chunks[0].parents[1], dirs_exist_ok=True),
+        r"a\.weight is not what was written",
+    ),
+    "lost array": (lambda chunks: shutil.rmtree(chunks[0].parents[1]), r"a\.weight is lost"),
+    "damaged array": (
+        lambda chunks: (chunks[0].parents[1] / "zarr.json").write_text("{}"),
+        r"a\.weight cannot be opened",
+    ),
+}
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 64
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_is_refused_with_how_to_collect_it_again(damage: str, tmp_path: Path) -> None:
+    """A lost or flipped chunk used to read as zeros, or as other numbers: exit 0."""
+    draw = np.random.default_rng(0)
+    stores = [{name: draw.random(shape, np.float32) for name, shape in WIDE.items()} for _ in range(2)]
+    recipe = write_recipe(tmp_path, "fisher", random_models(WIDE, experts=2)[1:], stores)
+    do, said = DAMAGE[damage]
+    do(sorted((tmp_path / "s1" / "a.weight" / "c").iterdir()))
+    remedy = r"Collect it again with `ties-dist collect fisher CHECKPOINT --data FILE.jsonl --out \S+/s1 --fresh`"
+    with pytest.raises(CheckpointError, match=rf"s1: {said}.*\. {remedy}"):
+        ties_dist.merge(recipe, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match=said):
+        ExpertStatistics.open(tmp_path / "s1").read("a.weight")
+
+
+def test_a_damaged_gram_matrix_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "regmean", random_models(SHAPES, experts=2)[1:], grams(2), rows=[5, 5])
+    (tmp_path / "s0" / LINEAR[1] / "c" / "0").unlink()
+    with pytest.raises(CheckpointError, match=r"chunk 0 of layers.1.down.weight is lost.*ties-dist collect gram"):
+        ties_dist.merge(recipe, tmp_path / "out")
+
+
+def test_a_store_of_the_first_format_is_named_with_what_to_do(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "fisher", random_models(SHAPES, experts=2)[1:], fishers(2))
+    for i in range(2):
+        group = json.loads((tmp_path / f"s{i}" / "zarr.json").read_text())
+        group["attributes"]["ties_dist"]["origin"]["version"] = 1 + 2 * i
+        (tmp_path / f"s{i}" / "zarr.json").write_text(json.dumps(group))
+    first = "s0 is a store of format 1, and 2 is needed: a lost or damaged part of it would read as zeros. Collect it"
+    with pytest.raises(CheckpointError, match=rf"(?s){first} again.*--out \S+/s0 --fresh`.*s1 is a store of format 3"):
         ties_dist.plan(recipe)
 
 

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,9 @@ def collect(
     """Collect a store of statistics for `merge`; goes on with an unfinished one of the same data.
 
     kind: `fisher`, the mean over examples of squared gradients of their log-likelihood (Matena and Raffel 2022,
-    equation 4, with the data's labels); or `gram`, X^T X of every linear layer's inputs X, over all tokens (Jin et al.
-    2023). data: JSON lines; `text` each, and `label` or `target` where the model is a classifier or maps text to text.
+    equation 4, with the data's labels); or `gram`, X^T X of every linear layer's inputs X, over all tokens, and how
+    many those are (Jin et al. 2023). data: JSON lines; `text` each, and `label` or `target` where the model is a
+    classifier or maps text to text.
     model: a function of yours instead (`subjects`). memory_budget: bytes for what is collected, beside the model.
     Raises CheckpointError, PlanError, RecipeError, OutputError, NumericError, StoppedError.
     """
@@ -116,6 +117,8 @@ def _open_store(out: Path, origin: Origin, *, fresh: bool) -> ExpertStatistics:
     """A new store, or the one that stands there, if it is of the same model and data."""
     found = ExpertStatistics.look(out)
     if found is not None and not fresh:
+        if problem := found.outdated():
+            raise OutputError(problem)
         if found.arrays and found.origin != origin:
             differs = [k for k, v in vars(origin).items() if getattr(found.origin, k) != v]
             raise OutputError(
@@ -245,27 +248,33 @@ def _collect(
 
     name = f"{kind} {len(store.arrays) + 1}-{len(store.arrays) + len(group)}"
     watch = _squares if kind == "fisher" else _products
-    with phase(progress, name, size), torch.set_grad_enabled(kind == "fisher"), watch(subject, group) as (see, sums):
+    with phase(progress, name, size), torch.set_grad_enabled(kind == "fisher"), watch(subject, group) as watched:
         for read, example in _examples(data, count):
             if stop is not None and stop.is_set():
                 raise StoppedError("stopped; the same command goes on behind the last whole group of tensors.")
-            see(example)
+            watched.see(example)
             progress.advance(read)
         scale = 1 / count if kind == "fisher" else 1.0
-        found = {w.tensor: (sums[w.tensor] * scale).to(torch.float32).cpu().numpy() for w in group}
+        found = {w.tensor: (watched.sums[w.tensor] * scale).to(torch.float32).cpu().numpy() for w in group}
     if bad := [t for t, values in found.items() if not np.isfinite(values).all()]:
         raise NumericError(
             listing("statistics are not finite:", bad, "Is a text too long for the model, or a weight NaN?", limit=5)
         )
     for each in group:
-        store.add(each.tensor, found[each.tensor], transposed=each.transposed)
+        store.add(each.tensor, found[each.tensor], rows=watched.rows.get(each.tensor, 0), transposed=each.transposed)
 
 
-Seeing = tuple[Callable[[Example], None], Mapping[str, "Tensor"]]
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """see: runs the model on an example. sums: by tensor, over the examples seen; rows: inputs in a Gram's sum."""
+
+    see: Callable[[Example], None]
+    sums: Mapping[str, Tensor]
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 @contextmanager
-def _squares(subject: Subject, group: Sequence[Wanted]) -> Iterator[Seeing]:
+def _squares(subject: Subject, group: Sequence[Wanted]) -> Iterator[Watched]:
     """Squared gradients of the log-likelihood, example by example."""
     import torch
 
@@ -280,20 +289,22 @@ def _squares(subject: Subject, group: Sequence[Wanted]) -> Iterator[Seeing]:
             if gradient is not None:
                 sums[each.tensor] += gradient.float() ** 2
 
-    yield see, sums
+    yield Watched(see=see, sums=sums)
 
 
 @contextmanager
-def _products(subject: Subject, group: Sequence[Wanted]) -> Iterator[Seeing]:
+def _products(subject: Subject, group: Sequence[Wanted]) -> Iterator[Watched]:
     """X^T X of the layers' inputs, by hooks on their forward passes."""
     import torch
 
     sums = {w.tensor: torch.zeros(w.shape, dtype=torch.float64, device=w.owner.weight.device) for w in group}
+    rows = dict.fromkeys(sums, 0)
 
     def hook(tensor: str) -> Callable[..., None]:
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            sums[tensor] += (rows.T @ rows).double()
+            seen = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            sums[tensor] += (seen.T @ seen).double()
+            rows[tensor] += len(seen)
 
         return before
 
@@ -304,4 +315,4 @@ def _products(subject: Subject, group: Sequence[Wanted]) -> Iterator[Seeing]:
         def see(example: Example) -> None:
             subject.score(subject.module, example)
 
-        yield see, sums
+        yield Watched(see=see, sums=sums, rows=rows)

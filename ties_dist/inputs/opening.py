@@ -16,7 +16,7 @@ from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.errors import CheckpointError
 from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
-from ties_dist.storage.arrays import GROUP_FILE, ArrayReader
+from ties_dist.storage.arrays import GROUP_FILE
 from ties_dist.storage.backends import SMALL_MODEL, choose, file_sizes, look
 from ties_dist.storage.base import Backend
 from ties_dist.storage.digests import digest
@@ -120,7 +120,7 @@ def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | Non
     def open_one(model: Input) -> OpenFiles:
         path = Path(model.path)
         if is_statistics(path):
-            return OpenFiles((ArrayReader(path),))
+            return OpenFiles((ExpertStatistics.open(path).reader(),))
         if model.adapter is None and is_adapter(path):
             return read_adapter(path, model.name, open_reader).tensors.opened
         best = chosen.get(model.path, "auto")

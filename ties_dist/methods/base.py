@@ -143,10 +143,11 @@ class Method:
         experts: Sequence[Mapping[str, float]],
         grams: Sequence[Callable[[], np.ndarray]],
         weights: Sequence[Callable[[], np.ndarray]],
+        rows: Sequence[int],
     ) -> np.ndarray | None:
         """Merge one matrix for which every expert has a Gram matrix, whole and in one fixed order.
 
-        grams: read the (in, in) float32 of each expert; weights: its (in, out) float32.
+        grams: read the (in, in) float32 of each expert, a sum over its `rows` inputs; weights: its (in, out) float32.
         Returns (in, out) float64; None where there is no solution, and `merge` is to merge it instead.
         """
         raise NotImplementedError

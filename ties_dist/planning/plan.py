@@ -36,11 +36,13 @@ OPERATIONS_PER_BYTE = 10
 class Matrix:
     """A tensor that is merged whole: a linear layer's weight, for which every expert has a Gram matrix.
 
-    inputs, outputs: of the layer. transposed: stored (inputs, outputs). dtype: of the output, as in its header.
+    inputs, outputs: of the layer. rows: that each expert's Gram matrix is a sum over. transposed: stored (inputs,
+    outputs). dtype: of the output, as in its header.
     """
 
     inputs: int
     outputs: int
+    rows: tuple[int, ...]
     transposed: bool
     dtype: str
 

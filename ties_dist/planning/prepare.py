@@ -226,14 +226,18 @@ def _matrices(specs: Sequence[TensorSpec], stores: Sequence[ExpertStatistics]) -
             if f.shape != (inputs,) * 2
         ]
         matrices[tensor.source] = Matrix(
-            inputs=inputs, outputs=outputs, transposed=found[0].transposed, dtype=tensor.dtype
+            inputs=inputs,
+            outputs=outputs,
+            rows=tuple(f.rows for f in found),
+            transposed=found[0].transposed,
+            dtype=tensor.dtype,
         )
     if problems:
         raise CheckpointError(listing("Gram matrices that do not fit their weights:", problems))
     if not matrices:
         raise CheckpointError(
             f"no tensor has a Gram matrix in all of {', '.join(str(s.path) for s in stores)}. "
-            f"{how_to_collect('', 'gram')}"
+            f"{how_to_collect(kind='gram')}"
         )
     return matrices
 

@@ -34,6 +34,7 @@ class Options(BaseModel):
     vocab: Literal["error", "truncate"] = "error"
     non_float: Literal["error", "base"] = "error"
     output: Literal["model", "adapter"] = "model"
+    gram: Literal["mean", "sum"] = "mean"
     tie_word_embeddings: Literal["as stored", False] = "as stored"
     """false: the output head is a parameter of its own, though the base ties it to the embedding."""
 

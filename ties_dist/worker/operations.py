@@ -96,6 +96,7 @@ def _solve(worker: Worker, tensor: str) -> tuple[Solved, memoryview]:
         numbers.experts,
         [partial(gram, i) for i in experts],
         [partial(weight, i) for i in experts],
+        matrix.rows,
     )
     nonfinite = tuple(bad["gram", i] + bad["weight", i] for i in experts)
     if any(nonfinite) or merged is None:
