@@ -246,15 +246,25 @@ def trim(delta: Array, density: float, tie_policy: Literal["keep_all", "exact_k"
     return Trim(keep=keep, threshold=float(threshold), ties=int(tied.size), ambiguous=ambiguous)
 
 
+def trim_moved(delta: Array, density: float, tie_policy: Literal["keep_all", "exact_k"], least_kept: int = 0) -> Trim:
+    """The same of the entries that are not zero; the others are not there."""
+    moved = delta != 0
+    found = trim(delta[moved], density, tie_policy, least_kept)
+    keep, ambiguous = np.zeros(delta.size, dtype=bool), np.zeros(delta.size, dtype=bool)
+    keep[moved], ambiguous[moved] = found.keep, found.ambiguous
+    return Trim(keep=keep, threshold=found.threshold, ties=found.ties, ambiguous=ambiguous)
+
+
 def _trim_expert(
     delta: Array, density: PerTensor, layout: _Layout, rule: Mapping[str, Any]
 ) -> tuple[Trim, dict[str, float | None]]:
     """One expert's selection over all d elements, and its thresholds by tensor if the scope is the tensor."""
+    choose = trim_moved if rule["density_of"] == "moved" else trim
     if rule["trim_scope"] == "model":
         assert not isinstance(density, Mapping), "a whole-model threshold has one density per expert"
-        return trim(delta, density, rule["tie_policy"], rule["least_kept"]), {}
+        return choose(delta, density, rule["tie_policy"], rule["least_kept"]), {}
     parts = {
-        name: trim(
+        name: choose(
             delta[span],
             density[name] if isinstance(density, Mapping) else density,
             rule["tie_policy"],
@@ -286,6 +296,7 @@ def ties(
     semantics: Literal["paper", "mergekit", "peft"] = "paper",
     trim_scope: Literal["model", "tensor"] | None = None,
     tie_policy: Literal["keep_all", "exact_k"] | None = None,
+    density_of: Literal["all", "moved"] = "all",
     elect: Literal["mass", "count", "none"] = "mass",
     elect_from: Model | None = None,
     zero_sign: Literal["majority", "positive", "drop"] | None = None,
@@ -304,6 +315,7 @@ def ties(
         {
             "trim_scope": trim_scope,
             "tie_policy": tie_policy,
+            "density_of": density_of,
             "zero_sign": zero_sign,
             "weight_before_elect": weight_before_elect,
         },

@@ -32,6 +32,8 @@ class Window(NamedTuple):
 
 
 NO_WINDOW = Window(0, 0)
+ZEROS = Window(0, 1)
+"""Its first count is how many magnitudes are zero."""
 
 
 @dataclass
@@ -136,6 +138,11 @@ def predict(magnitudes: np.ndarray, weights: np.ndarray, share: float) -> Predic
         equal=float(mass[at]) / total,
         error=math.sqrt(share * (1 - share) / len(bits)),
     )
+
+
+def zero_share(magnitudes: np.ndarray, weights: np.ndarray) -> float:
+    """The share of zeros that a weighted sample has. magnitudes: (n,) float32; weights: (n,) float64."""
+    return float(weights[magnitudes == 0].sum() / weights.sum()) if magnitudes.size else 0.0
 
 
 def guess_window(value: float, buckets: int = 4) -> Window:

@@ -160,7 +160,7 @@ def test_experts_that_are_adapters_are_merged_like_any_others(kernel: Any, tmp_p
     for names in (["a0", "a1", "a2"], ["m0", "m1", "m2"]):
         recipe = {
             "merge_method": "ties", "base_model": "base", "models": [{"model": n} for n in names],
-            "parameters": {"density": 0.9},
+            "parameters": {"density": 0.9}, "ties_dist": {"density_of": "moved"},
         }  # fmt: skip
         (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
         report = ties_dist.merge(tmp_path / "recipe.yml", tmp_path / f"out-{names[0]}", kernel=kernel)

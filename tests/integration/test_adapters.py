@@ -22,10 +22,14 @@ from tests.conftest import random_models, write_checkpoint
 from tests.integration.command import run
 from ties_dist.adapters.low_rank import LowRank
 from ties_dist.adapters.peft import adapt, read_adapter
+from ties_dist.analysis.page import page
 from ties_dist.checkpoints.catalogue import open_checkpoint
 from ties_dist.compiler.slices import decoded
 from ties_dist.errors import CheckpointError, RecipeError
+from ties_dist.planning.prepare import prepare
+from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.readers import open_reader
+from ties_dist.thresholds import ZEROS, Histogram
 
 SHAPES = {
     "layers.0.q.weight": (40, 24),
@@ -584,3 +588,185 @@ def test_only_adapters_are_merged_into_an_adapter(base: dict[str, Tensor], tmp_p
     with pytest.raises(RecipeError, match=r"output.*adaptor.*adapter"):
         path = write_merge(tmp_path, "one", ties_dist={"output": "adaptor"})
         ties_dist.merge(path, tmp_path / "out")
+
+
+# -- density_of -------------------------------------------------------------------------------------------------------
+
+
+def two_of_many(tmp_path: Path) -> Path:
+    """A base of 12,000 entries, of which two adapters change 1,200 each: a tenth. TIES at density 0.2."""
+    shapes = {"layers.0.q.weight": (40, 30), "layers.1.q.weight": (40, 30), "embed.weight": (96, 100)}
+    write_checkpoint(tmp_path / "base", random_models(shapes, experts=0, dtype=torch.bfloat16)[0], shards=2)
+    for i in range(2):
+        write_adapter(tmp_path / f"a{i}", lora(f"layers.{i}.q", 40, 30, seed=i))
+    return write_recipe(tmp_path, "a0", "a1", method="ties", parameters={"density": 0.2})
+
+
+def by_numpy(tmp_path: Path, kept: int) -> tuple[dict[str, np.ndarray], list[float]]:
+    """What TIES gives where each adapter keeps its so many largest entries, and the thresholds: nothing overlaps."""
+    base, expected, thresholds = merged(tmp_path / "base"), {}, []
+    for name, values in base.items():
+        expected[name] = values.float().numpy()
+    for i in range(2):
+        name = f"layers.{i}.q"
+        parts = load_file(tmp_path / f"a{i}" / "adapter_model.safetensors")
+        a, b = (parts[f"base_model.model.{name}.lora_{part}.weight"].numpy() for part in "AB")
+        before = expected[f"{name}.weight"]
+        delta = (before + np.float32(2) * (b @ a)) - before
+        thresholds.append(float(np.sort(np.abs(delta).ravel())[-kept]))
+        expected[f"{name}.weight"] = before + np.where(np.abs(delta) >= thresholds[-1], delta, 0)
+    return expected, thresholds
+
+
+def test_an_adapter_keeps_its_density_of_what_it_changes(tmp_path: Path) -> None:
+    """A fifth of the whole model is twice what it changes: the threshold was 0, "100 % kept"."""
+    recipe = two_of_many(tmp_path)
+    report = ties_dist.merge(recipe, tmp_path / "out")
+    kept = int(1200 * 0.2) + 1  # the published rule keeps k + 1
+    expected, thresholds = by_numpy(tmp_path, kept)
+    found = merged(tmp_path / "out")
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name].float().numpy(), values, rtol=1e-2, atol=1e-6)
+    for expert, threshold in zip(report.experts, thresholds, strict=True):
+        assert expert.threshold == pytest.approx(threshold, rel=1e-5)
+        assert (expert.moved_fraction, expert.kept_fraction) == (pytest.approx(0.1), kept / 12_000)
+    assert any("the density of 'a0', 'a1' is a share of the entries that an adapter changes" in n for n in report.notes)
+
+
+@pytest.mark.parametrize("options", [{"density_of": "moved"}, {"density_of": "moved", "tie_policy": "exact_k"}])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_the_advice_about_a_threshold_of_zero_helps(
+    options: dict[str, str], scope: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = two_of_many(tmp_path)
+    document = json.loads(recipe.read_text())
+
+    def merge(**given: str) -> tuple[str, list[dict[str, Any]]]:
+        recipe.write_text(json.dumps({**document, "ties_dist": {"trim_scope": scope, **given}}))
+        shown = run(capsys, "merge", recipe, tmp_path / "out", "--overwrite", "--fresh")
+        assert shown.status == 0, shown.err
+        return shown.out, json.loads((tmp_path / "out" / ".ties_dist" / "report.json").read_text())["experts"]
+
+    if scope == "model":
+        said, experts = merge(density_of="all")
+        assert "a0: its threshold is 0: only 10.00% of its entries differ from the base, less than density 0.2" in said
+        assert "`density_of: moved` keeps that share" in said and "exact_k" not in said
+        assert [(e["threshold"], e["kept_fraction"]) for e in experts] == [(0.0, 0.1)] * 2
+    said, experts = merge(**options)
+    assert "threshold is 0" not in said and "20.0% of what differs" in said
+    kept = 240 + (options.get("tie_policy") is None)
+    assert [e["kept_fraction"] for e in experts] == [pytest.approx(kept / 12_000)] * 2
+
+
+def test_tensors_with_a_threshold_of_zero_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of one row differ, a fortieth of the tensor."""
+    shapes = {"a.weight": (40, 30), "b.weight": (40, 30)}
+    base = random_models(shapes, experts=0)[0]
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "m", {n: torch.cat([t[:1] + 1, t[1:]]) for n, t in base.items()})
+    recipe = write_recipe(tmp_path, "m", method="ties", parameters={"density": 0.2}, ties_dist={"trim_scope": "tensor"})
+    shown = run(capsys, "merge", recipe, tmp_path / "out")
+    assert "m: its threshold is 0 in 2 tensors: few of their entries differ from the base" in shown.out
+
+
+def test_what_density_is_a_share_of_is_part_of_the_merge(tmp_path: Path) -> None:
+    recipe = two_of_many(tmp_path)
+    document = json.loads(recipe.read_text())
+
+    def fingerprint(**options: str) -> str:
+        recipe.write_text(json.dumps({**document, "ties_dist": options}))
+        return ties_dist.plan(recipe).fingerprint
+
+    auto = fingerprint()
+    assert auto == fingerprint(density_of="auto") == fingerprint(density_of="moved") != fingerprint(density_of="all")
+    mergekit = {"semantics": "mergekit"}
+    document["parameters"]["weight"] = 1
+    assert fingerprint(**mergekit) == fingerprint(**mergekit, density_of="all")
+    assert fingerprint(**mergekit) != fingerprint(**mergekit, density_of="moved")
+
+
+def test_a_full_model_with_an_adapter_is_no_adapter(tmp_path: Path) -> None:
+    """It differs from the base everywhere, so its density is a share of all."""
+    recipe = two_of_many(tmp_path)
+    base = merged(tmp_path / "base")
+    write_checkpoint(tmp_path / "tuned", {n: t + torch.randn(t.shape) for n, t in base.items()})
+    write_recipe(tmp_path, "tuned+a0", "a1", method="ties", parameters={"density": 0.2})
+    first, second = ties_dist.merge(recipe, tmp_path / "out").experts
+    assert first.moved_fraction is None and first.kept_fraction == pytest.approx(0.2, abs=1e-4)
+    assert second.moved_fraction == pytest.approx(0.1)
+
+
+def test_an_adapter_that_changes_nothing_trims_nothing(tmp_path: Path) -> None:
+    recipe = two_of_many(tmp_path)
+    still = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in lora("layers.0.q", 40, 30).items()}
+    write_adapter(tmp_path / "a0", still)
+    first, second = ties_dist.merge(recipe, tmp_path / "out").experts
+    assert (first.moved_fraction, first.kept_fraction, first.threshold) == (0, 0, None)
+    assert second.kept_fraction == 241 / 12_000
+
+
+def test_a_known_count_of_zeros_saves_the_scan_and_a_sweep_counts_it_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = two_of_many(tmp_path)
+    first = ties_dist.merge(recipe, tmp_path / "one")
+    again = ties_dist.merge(recipe, tmp_path / "two")
+    assert (first.thresholds_from, again.thresholds_from) == ("scan", "cache")
+    assert first.output_digest == again.output_digest
+    other = json.loads(recipe.read_text()) | {"parameters": {"density": 0.5}}
+    recipe.write_text(json.dumps(other))
+    own = ties_dist.merge(recipe, tmp_path / "three")
+    swept = ties_dist.sweep(recipe, tmp_path / "sweep", density=[0.2, 0.5])
+    assert [each.report.output_digest for each in swept] == [first.output_digest, own.output_digest]
+    assert run(capsys, "verify", tmp_path / "three", "--sample", "1").status == 0
+
+
+def test_a_wrong_count_of_zeros_is_found_and_repaired(tmp_path: Path, statistics_cache: Path) -> None:
+    """Its histogram adds up, the threshold is a magnitude that exists: only the merge's own zeros contradict."""
+    recipe = two_of_many(tmp_path)
+    expected = ties_dist.merge(recipe, tmp_path / "one").output_digest
+    plan, store = prepare(recipe).plan, StatisticsStore(statistics_cache)
+    for expert in plan.experts:
+        key = store.key(plan.base, expert, plan.sizes)
+        known = store.load(key, plan.elements)
+        assert known is not None and known.zeros is not None
+        histogram = Histogram(ZEROS, known.coarse, known.fine[0].copy())
+        histogram.fine[:2] += [-5, 5]
+        store.save(key, histogram)
+    report = ties_dist.merge(recipe, tmp_path / "two")
+    assert (report.mispredicted, report.thresholds_from, report.output_digest) == (True, "scan", expected)
+
+
+def test_an_analysis_trims_an_adapter_as_its_merge_does(tmp_path: Path) -> None:
+    recipe = two_of_many(tmp_path)
+    report = ties_dist.merge(recipe, tmp_path / "out")
+    found, sampled = ties_dist.analyze(recipe), ties_dist.analyze(recipe, cache_dir=tmp_path / "none")
+    assert (found.run.thresholds_from, sampled.run.thresholds_from) == ("cache and sample", "sample")
+    for one in (found, sampled):
+        assert not {"ties", "untrimmed"} & {each.kind for each in one.warnings}
+        for expert, said in zip(one.experts, report.experts, strict=True):
+            trim = next(t for t in expert.trims if t.density == 0.2)
+            assert expert.of_moved and trim.rank == 241 and trim.asked_fraction == pytest.approx(0.02)
+            assert said.kept_fraction / 2 < trim.kept_fraction < said.kept_fraction * 2  # 4,800 entries were sampled
+            assert next(t for t in expert.trims if t.density == 1.0).kept == 1200
+    for expert, said in zip(found.experts, report.experts, strict=True):
+        trim = next(t for t in expert.trims if t.density == 0.2)
+        assert trim.exact and (trim.threshold, trim.kept_fraction) == (said.threshold, said.kept_fraction)
+
+
+def test_an_analysis_says_that_nothing_is_trimmed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = two_of_many(tmp_path)
+    document = json.loads(recipe.read_text()) | {"ties_dist": {"density_of": "all"}}
+    recipe.write_text(json.dumps(document))
+    ties_dist.merge(recipe, tmp_path / "out")
+    found = ties_dist.analyze(recipe)
+    assert [each.subjects for each in found.warnings if each.kind in ("ties", "untrimmed")] == [("a0", "a1")]
+    trim = next(t for t in found.experts[0].trims if t.density == 0.2)
+    assert (trim.threshold, trim.exact, trim.kept, trim.kept_fraction) == (0, True, 1200, 0.1)
+    for group in found.tensors:
+        assert [e.kept for e in group.experts] == [group.elements - e.zeros for e in group.experts]
+    text = page(found)
+    assert "<b>No trim.</b> The threshold of <code>a0</code>, <code>a1</code> is 0" in text
+    assert "each delta keeps 10.0% of its entries" in text
+    shown = run(capsys, "analyze", recipe)
+    assert "warning: Density 0.2 trims nothing of 'a0', 'a1'" in shown.out

@@ -82,15 +82,15 @@ def test_counts_equal_a_computation_over_the_whole_model(dtype: str, merge_job: 
             threshold = np.float32(trim.threshold)
             assert trim.above == (sizes[i] > threshold).sum()
             assert trim.equal == (sizes[i] == threshold).sum()
-            assert trim.kept == (sizes[i] >= threshold).sum()
-            assert trim.kept_nonzero_fraction == ((sizes[i] >= threshold) & (deltas[i] != 0)).sum() / elements
+            assert trim.kept == ((sizes[i] >= threshold) & (deltas[i] != 0)).sum()
+            assert trim.asked_fraction == trim.density
             kept_mass = np.abs(wide[i])[sizes[i] >= threshold].sum() / np.abs(wide[i]).sum()
             assert trim.mass_fraction == pytest.approx(kept_mass, rel=1e-12)
             k = int(elements * trim.density)
             if k < elements:  # the published rule: the (d - k)-th smallest
                 right = np.sort(sizes[i])[elements - k - 1]
                 assert trim.exact == (right == threshold)
-                assert abs(trim.kept_fraction - (sizes[i] >= right).mean()) < 0.01
+                assert abs(trim.kept_fraction - ((sizes[i] >= right) & (sizes[i] > 0)).mean()) < 0.01
         # The buckets of the distribution share the upper eleven bits.
         upper = np.bincount(sizes[i][sizes[i] > 0].view(np.uint32) >> 20, minlength=2048)
         present = np.flatnonzero(upper)[::-1]
@@ -130,7 +130,7 @@ def thresholds_of(found: ties_dist.Analysis) -> np.ndarray:
 
 
 def check_group(group: Any, found: ties_dist.Analysis, deltas: np.ndarray) -> None:
-    kept = np.abs(deltas) >= thresholds_of(found)
+    kept = (np.abs(deltas) >= thresholds_of(found)) & (deltas != 0)
     conflicts = (kept & (deltas > 0)).any(axis=0) & (kept & (deltas < 0)).any(axis=0)
     assert (group.elements, group.conflicts) == (deltas.shape[1], conflicts.sum())
     for i, share in enumerate(group.experts):

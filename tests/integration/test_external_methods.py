@@ -218,7 +218,7 @@ def test_the_engine_counts_what_a_trim_keeps_whatever_the_method_counts(
     report = ties_dist.merge(recipe, tmp_path / "out", kernel=kernel, allow_external_methods=True)  # type: ignore[arg-type]
     merged = load_file(tmp_path / "out" / "model.safetensors")["w"].tolist()
     assert merged == [10.0, 9.0, 8.0, 0.0, 0.0, 0.0, 0.0, -8.0, 9.0, -10.0]
-    assert [(e.threshold, e.kept_fraction, e.kept_nonzero_fraction) for e in report.experts] == [(8.0, 0.3, 0.3)] * 2
+    assert [(e.threshold, e.kept_fraction) for e in report.experts] == [(8.0, 0.3)] * 2
     assert report.conflict_fraction == conflicts
     assert report.tensors["w"]["kept_fraction"] == [0.3, 0.3]
 

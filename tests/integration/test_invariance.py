@@ -73,5 +73,5 @@ def test_a_model_of_many_units_equals_the_numpy_restatement(
     assert oracle.same_bytes({n: oracle.from_torch(t) for n, t in written.items()}, expected.tensors) == []
     statistics = expected.statistics
     assert [e.threshold for e in report.experts] == [float(np.float32(s.threshold)) for s in statistics.experts]
-    assert [e.kept_fraction for e in report.experts] == [s.kept / report.elements for s in statistics.experts]
+    assert [e.kept_fraction for e in report.experts] == [s.kept_nonzero / report.elements for s in statistics.experts]
     assert report.majority_sign == statistics.majority_sign

@@ -24,7 +24,7 @@ from tests.integration.command import SHAPES, Outcome, contents, readable_files,
 Model = dict[str, Tensor]
 Run = Callable[..., Outcome]
 INDEX = "model.safetensors.index.json"
-SAID = {"kept_fraction": "kept", "kept_nonzero_fraction": "kept_nonzero", "tie_fraction": "ties"}
+SAID = {"kept_fraction": "kept_nonzero", "tie_fraction": "ties"}
 
 
 @pytest.fixture

@@ -115,6 +115,7 @@ def ties_options(draw: st.DrawFn) -> dict[str, Any]:
     choices: dict[str, Any] = {
         "trim_scope": ("model", "tensor"),
         "tie_policy": ("keep_all", "exact_k"),
+        "density_of": ("all", "moved"),
         "elect": ("mass", "count", "none"),
         "zero_sign": ("majority", "positive", "drop"),
         "weight_before_elect": (True, False),

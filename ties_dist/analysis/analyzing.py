@@ -43,7 +43,7 @@ from ties_dist.storage.local import write_durably
 from ties_dist.storage.local_place import LocalPlace
 from ties_dist.storage.memory import MemoryWriter
 from ties_dist.storage.snapshot import Snapshot
-from ties_dist.thresholds import predict, to_bits
+from ties_dist.thresholds import predict, to_bits, zero_share
 from ties_dist.values.items import WorkItem, as_item
 from ties_dist.values.machine import peak_rss_bytes
 from ties_dist.values.views import read_bytes
@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 PAPER_DENSITY = 0.2
-RULE = TrimRule(scope="model", tie_policy="keep_all")
 SAMPLED = 0.4
 """Of the inputs at most: with the read that counts, 1.5 times the inputs."""
 READ_AHEAD = 2
@@ -147,7 +146,7 @@ def _measure(
     """One read of base and experts, in any order of units."""
     plan = job.plan
     worker = Worker(plan, opener(plan.models, job.resources.backend, reread_bytes=plan.reread_bytes))
-    question, source = ask(plan, density, store, worker)
+    question, source = ask(plan, density, store, worker, _rule(job))
     done, tally = _resume(question, snapshot)
     resumed, models = sum(unit.nbytes for unit in done), len(plan.experts) + 1
     units = list(plan.items(done))
@@ -179,7 +178,14 @@ def _measure(
         unit_bytes=plan.unit_bytes,
         thresholds_from=source,
     )
-    return replace(found, warnings=tuple(advise(found, trims=plan.needs.trim == RULE)), notes=job.notes, run=run)
+    trims = plan.needs.trim == question.rule
+    return replace(found, warnings=tuple(advise(found, trims=trims)), notes=job.notes, run=run)
+
+
+def _rule(job: Job) -> TrimRule:
+    """How the figures are trimmed: over the whole model, all ties kept, of what the recipe's density is a share of."""
+    moved = job.recipe.of_moved
+    return TrimRule(scope="model", tie_policy="keep_all", of_moved=moved if any(moved) else ())
 
 
 def _as_kept(question: Question, done: Sequence[WorkItem], tally: Tally) -> tuple[Any, dict[str, np.ndarray]]:
@@ -202,33 +208,43 @@ def input_bytes(plan: MergePlan) -> int:
     return sum(read_bytes(m.views[t.source], 0, t.numel) for m in models for t in plan.counted)
 
 
-def ask(plan: MergePlan, density: float, store: StatisticsStore, worker: Worker) -> tuple[Question, str]:
+def ask(
+    plan: MergePlan, density: float, store: StatisticsStore, worker: Worker, rule: TrimRule
+) -> tuple[Question, str]:
     """Thresholds for every expert and density, and where they are from: 'cache', 'sample' or both."""
     densities = tuple(sorted({*DENSITIES, density}, reverse=True))
-    ranks = [RULE.rank(plan.elements, d) for d in densities]
     found: dict[tuple[int, int], int] = {}
+
+    def rank(i: int, j: int, zeros: int) -> int | None:
+        return rule.rank(rule.ranked(i, plan.elements, zeros), densities[j])
+
     for i in range(len(plan.experts)):
         known = store.load(store.key(plan.base, plan.experts[i], plan.sizes), plan.elements)
-        for j, rank in enumerate(ranks):
-            threshold = known.threshold(rank) if known and rank else None
-            if rank is None or threshold is not None:
-                found[i, j] = threshold.bits if threshold else 0
-    wanted = [i for i in range(len(plan.experts)) if any((i, j) not in found for j in range(len(ranks)))]
-    from_store = any(rank and (i, j) in found for i in range(len(plan.experts)) for j, rank in enumerate(ranks))
+        zeros = known.zeros if known and rule.is_of_moved(i) else 0
+        for j in range(len(densities)):
+            threshold = known.threshold(place) if known and zeros is not None and (place := rank(i, j, zeros)) else None
+            if threshold is not None:
+                found[i, j] = threshold.bits
+    from_store = bool(found)
+    found |= {(i, j): 0 for i in range(len(plan.experts)) for j, d in enumerate(densities) if d >= 1}
+    wanted = [i for i in range(len(plan.experts)) if any((i, j) not in found for j in range(len(densities)))]
     if wanted:
         magnitudes, weights = worker.sample(*thinned(plan), wanted)
         for i in wanted:
-            for j, rank in enumerate(ranks):
-                if rank and (i, j) not in found:
-                    found[i, j] = to_bits(predict(magnitudes[i], weights, rank / plan.elements).value)
+            zeros = round(plan.elements * zero_share(magnitudes[i], weights))
+            for j in range(len(densities)):
+                if (i, j) not in found:
+                    place = rank(i, j, zeros)
+                    value = predict(magnitudes[i], weights, place / plan.elements).value if place else 0.0
+                    found[i, j] = to_bits(value)
     # A sample's may fall behind an exact neighbour's.
-    rows = [np.maximum.accumulate([found[i, j] for j in range(len(ranks))]) for i in range(len(plan.experts))]
+    rows = [np.maximum.accumulate([found[i, j] for j in range(len(densities))]) for i in range(len(plan.experts))]
     question = Question(
         plan=plan,
+        rule=rule,
         densities=densities,
         density=density,
         bits=tuple(tuple(int(b) for b in row) for row in rows),
-        ranks=tuple(rank or 0 for rank in ranks),
     )
     return question, "cache and sample" if wanted and from_store else "sample" if wanted else "cache"
 
@@ -251,7 +267,7 @@ def _key(job: Job, density: float) -> str:
     plan = job.plan
     counted = [(t.source, t.numel) for t in plan.counted]
     models = [(m.name, m.identity) for m in (plan.base, *plan.experts)]
-    method = (plan.method.name, plan.needs.trim, density, DENSITIES)
+    method = (plan.method.name, plan.needs.trim, job.recipe.of_moved, density, DENSITIES)
     # What is counted of an interrupted one are byte ranges of the output's files, and sums are rounded at their MiB.
     layout = [(shard.name, shard.size, shard.tensors) for shard in plan.layout.shards]
     facts = (VERSION, method, models, counted, layout, job.notes, sorted(job.stamps.items()))

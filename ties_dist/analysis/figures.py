@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-VERSION = 1
+VERSION = 2
 UNRELATED_FROM = 0.5
 """A delta's norm as a share of the base's: unrelated weights of one spread have 1.4, fine-tunes a few percent."""
 DOMINATING_FROM = 5.0
@@ -25,12 +25,14 @@ KEPT_OVER = 1.02
 class Trim:
     """What one density keeps of one expert over the whole model, at the threshold that is stated.
 
-    rank: of the exact threshold, from the largest |delta|. exact: whether `threshold` is it, proven by `above` and
-    `equal`, the entries that are larger and equal; else a sample's prediction, and all counts are those at it. mass:
-    sum of |delta|. Fractions are of all entries and of the whole mass.
+    asked_fraction: the density, or that share of what differs from the base's. rank: of the exact threshold, from the
+    largest |delta|; 0 without one. exact: whether `threshold` is it, proven by `above` and
+    `equal`, the entries that are larger and equal; else a sample's prediction, and all counts are those at it. kept: of
+    those the ones that are not zero. mass: sum of |delta|. Fractions are of all entries and of the whole mass.
     """
 
     density: float
+    asked_fraction: float
     rank: int
     threshold: float
     exact: bool
@@ -38,7 +40,6 @@ class Trim:
     equal: int
     kept: int
     kept_fraction: float
-    kept_nonzero_fraction: float
     tie_fraction: float
     mass_fraction: float
 
@@ -56,7 +57,8 @@ class Magnitudes:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAnalysis:
-    """norm: of the delta; relative_norm: to the base's. base_cosine: of the expert's and the base's weights."""
+    """norm: of the delta; relative_norm: to the base's. base_cosine: of the expert's and the base's weights. of_moved:
+    whether a density is a share of what differs from the base's."""
 
     name: str
     norm: float
@@ -65,8 +67,13 @@ class ExpertAnalysis:
     mass: float
     zeros: int
     zero_fraction: float
+    of_moved: bool
     trims: tuple[Trim, ...]
     magnitudes: Magnitudes
+
+    def is_untrimmed(self, density: float) -> bool:
+        """Whether a density's threshold is 0, so that all that differs from the base is kept."""
+        return any(t.density == density and t.rank and t.threshold == 0 for t in self.trims)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +144,7 @@ class Interference:
 class Advice:
     """Something a person can act on. subjects: names of experts."""
 
-    kind: Literal["unrelated", "dominating", "ties", "empty", "twin"]
+    kind: Literal["unrelated", "dominating", "ties", "untrimmed", "empty", "twin"]
     subjects: tuple[str, ...]
     text: str
 
@@ -222,8 +229,13 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
                     text=f"'{found.experts[j].name}' and '{expert.name}' have the same delta (cosine {cosine:.5f}): "
                     "one model counts twice. Leave one out.",
                 )
+    if trims:
+        yield from _advise_on_trims(found)
+
+
+def _advise_on_trims(found: Analysis) -> Iterator[Advice]:
     tied = {e.name: t for e in found.experts for t in e.trims if t.density == found.density and _keeps_too_much(t)}
-    if trims and tied:
+    if tied:
         some = f"{len(tied)} of {len(found.experts)} experts" if len(tied) < len(found.experts) else "every expert"
         names = f"'{next(iter(tied))}'" if len(tied) == 1 else some
         yield Advice(
@@ -233,12 +245,21 @@ def advise(found: Analysis, *, trims: bool) -> Iterator[Advice]:
             "because "
             f"{span([t.tie_fraction for t in tied.values()])} of the entries equal the threshold and all of them "
             "are kept. "
-            f"`tie_policy: exact_k` keeps {found.density:.1%}.",
+            f"`tie_policy: exact_k` keeps {span([t.asked_fraction for t in tied.values()])}.",
+        )
+    if untrimmed := [e.name for e in found.experts if e.is_untrimmed(found.density) and e.norm]:
+        listed = ", ".join(f"'{name}'" for name in untrimmed)
+        yield Advice(
+            kind="untrimmed",
+            subjects=tuple(untrimmed),
+            text=f"Density {found.density:g} trims nothing of {listed}: fewer entries differ from the base than it "
+            "asks for, and the threshold is 0. `density_of: moved` keeps that share of what differs.",
         )
 
 
 def _keeps_too_much(trim: Trim) -> bool:
-    return trim.kept_fraction > KEPT_OVER * trim.density and trim.tie_fraction > (KEPT_OVER - 1) * trim.density
+    asked = trim.asked_fraction
+    return trim.kept_fraction > KEPT_OVER * asked and trim.tie_fraction > (KEPT_OVER - 1) * asked
 
 
 def share_of(value: float) -> str:

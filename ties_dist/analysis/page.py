@@ -29,7 +29,7 @@ def page(found: Analysis) -> str:
     body = "\n".join(
         [
             f"<header><h1>{escape(title)}</h1>",
-            f"<p class=lead>{found.elements:,} parameters · figures at density {found.density:g} · "
+            f"<p class=lead>{found.elements:,} parameters · figures at density {found.density:g}{of_moved(found)} · "
             f"method {escape(found.method)}</p></header>",
             *_warnings(found),
             "<section><h2>In short</h2><ul class=short>",
@@ -49,6 +49,16 @@ def page(found: Analysis) -> str:
     )
 
 
+def of_moved(found: Analysis) -> str:
+    """Whose density is a share of what differs from the base."""
+    names = [e.name for e in found.experts if e.of_moved]
+    if not names:
+        return ""
+    return " of what differs from the base" + (
+        f" (of {escape(', '.join(names))})" if len(names) < len(found.experts) else ""
+    )
+
+
 def summary(found: Analysis) -> Iterator[str]:
     """Sentences, as HTML."""
     at = found.densities.index(found.density)
@@ -59,6 +69,12 @@ def summary(found: Analysis) -> Iterator[str]:
         f"{span([t.mass_fraction for t in trims])} of its mass. {span([e.zero_fraction for e in found.experts])} of "
         "the entries are exactly zero."
     )
+    if untrimmed := [e.name for e in found.experts if e.is_untrimmed(found.density)]:
+        names = ", ".join(f"<code>{escape(name)}</code>" for name in untrimmed)
+        yield (
+            f"<b>No trim.</b> The threshold of {names} is 0: fewer of its entries differ from the base than density "
+            f"{found.density:g} asks for, and all of them are kept."
+        )
     large = [g for g in found.kinds if g.elements >= SMALL_KIND * found.elements]
     kinds = sorted(large, key=lambda g: _mean([e.kept_fraction for e in g.experts]))
     if len(kinds) > 1:
@@ -180,16 +196,20 @@ def _between(found: Analysis) -> Iterator[str]:
         [(name, f"c{shade}") for _, name, shade in ARMS[:2]],
     )
     agreement = [(row.label.replace(" to ", "-"), row) for row in found.interference.agreement if row.count]
-    yield _figure(
-        "By agreement of signs",
-        charts.interference(
-            "agreement", "share of the commoner sign", agreement, [(arm, shade) for arm, _, shade in (ARMS[0], ARMS[2])]
-        ),
-        "Where two or more experts have an influential entry, by the share of the commoner sign. The less they "
-        "agree, the "
-        "more a plain mean cancels; the elected mean averages one side only.",
-        [(name, f"c{shade}") for _, name, shade in (ARMS[0], ARMS[2])],
-    )
+    if agreement:  # of experts that change different parameters there is none
+        yield _figure(
+            "By agreement of signs",
+            charts.interference(
+                "agreement",
+                "share of the commoner sign",
+                agreement,
+                [(arm, shade) for arm, _, shade in (ARMS[0], ARMS[2])],
+            ),
+            "Where two or more experts have an influential entry, by the share of the commoner sign. The less they "
+            "agree, the "
+            "more a plain mean cancels; the elected mean averages one side only.",
+            [(name, f"c{shade}") for _, name, shade in (ARMS[0], ARMS[2])],
+        )
     yield "</div></section>"
 
 

@@ -21,6 +21,7 @@ from ties_dist.analysis.figures import (
 )
 from ties_dist.analysis.loops import ARMS
 from ties_dist.analysis.tally import Buckets, Tally, TensorTally, added, as_floats
+from ties_dist.methods.needs import TrimRule
 from ties_dist.planning.plan import MergePlan
 from ties_dist.recipe.values import find_layer
 from ties_dist.thresholds import from_bits, proves
@@ -32,13 +33,19 @@ BINS = ((0.5, 0.6), (0.6, 0.7), (0.7, 0.8), (0.8, 0.9), (0.9, 1.0), (1.0, 1.0))
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of a plan's deltas. bits, ranks: of thresholds, per expert and density. densities: descending."""
+    """What is asked of a plan's deltas. rule: of the trim. bits: of thresholds, per expert and density. densities:
+    descending."""
 
     plan: MergePlan
+    rule: TrimRule
     densities: tuple[float, ...]
     density: float
     bits: tuple[tuple[int, ...], ...]
-    ranks: tuple[int, ...]
+
+    def rank(self, expert: int, density: int, zeros: int) -> int:
+        """Of the exact threshold; 0 where everything is kept. zeros: entries that did not move."""
+        entries = self.rule.ranked(expert, self.plan.elements, zeros)
+        return self.rule.rank(entries, self.densities[density]) or 0
 
     @property
     def chosen(self) -> int:
@@ -169,7 +176,8 @@ class Total:
         return float(np.sqrt(self.gram[expert, expert]))
 
     def kept(self, expert: int, density: int) -> int:
-        return int(self.counts[expert, self.above(expert, self.question.bits[expert][density]) :].sum())
+        """A zero is never kept."""
+        return int(self.counts[expert, self.above(expert, max(1, self.question.bits[expert][density])) :].sum())
 
     def ties(self, expert: int, density: int) -> int:
         bits = self.question.bits[expert][density]
@@ -193,21 +201,22 @@ class Total:
         )
 
     def trim(self, expert: int, density: int) -> Trim:
-        bits, rank = self.question.bits[expert][density], self.question.ranks[density]
+        bits, rank = self.question.bits[expert][density], self.question.rank(expert, density, self.zeros(expert))
+        entries = self.question.rule.ranked(expert, self.elements, self.zeros(expert))
         first, after = self.above(expert, bits), self.above(expert, bits + 1)
-        nonzero = max(first, self.above(expert, 1))
+        kept = self.kept(expert, density)
         above, equal = int(self.counts[expert, after:].sum()), self.ties(expert, density)
         mass = self.masses[expert]
         return Trim(
             density=self.question.densities[density],
+            asked_fraction=self.question.densities[density] * share(entries, self.elements),
             rank=rank,
             threshold=from_bits(bits),
             exact=rank == 0 or proves(rank, above, equal),
             above=above,
             equal=equal,
-            kept=above + equal,
-            kept_fraction=share(above + equal, self.elements),
-            kept_nonzero_fraction=share(int(self.counts[expert, nonzero:].sum()), self.elements),
+            kept=kept,
+            kept_fraction=share(kept, self.elements),
             tie_fraction=share(equal, self.elements),
             mass_fraction=share(float(mass[first:].sum()), float(mass.sum())),
         )
@@ -223,6 +232,7 @@ class Total:
             mass=float(self.masses[i].sum()),
             zeros=self.zeros(i),
             zero_fraction=share(self.zeros(i), self.elements),
+            of_moved=self.question.rule.is_of_moved(i),
             trims=tuple(self.trim(i, j) for j in range(len(self.question.densities))),
             magnitudes=self.magnitudes(i, EIGHTH_SHIFT),
         )

@@ -16,7 +16,7 @@ from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.messages import readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import METHODS
-from ties_dist.output.report import MergeReport, tie_warning
+from ties_dist.output.report import MergeReport, trim_warning
 
 if TYPE_CHECKING:
     from ties_dist.analysis.figures import Analysis, Group, MeanMagnitudes
@@ -40,20 +40,23 @@ def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> Non
         console.print(f"already done: {out} holds this merge (digest {report.output_digest})", soft_wrap=True)
         return
     if any(e.kept_fraction is not None for e in report.experts):
-        table = Table("expert", "weight", "density asked", "kept", "nonzero kept", "at threshold")
+        moved = any(e.moved_fraction is not None for e in report.experts)
+        table = Table("expert", "weight", "density asked", *(["differs"] if moved else []), "kept", "at threshold")
         table.add_column("threshold", no_wrap=True)
         for e in report.experts:
             table.add_row(
                 e.name,
                 "varies" if e.weight is None else f"{e.weight:g}",
-                "varies" if e.density is None else f"{e.density:.1%}",
+                "varies"
+                if e.density is None
+                else f"{e.density:.1%}" + (" of what differs" if e.moved_fraction else ""),
+                *([] if not moved else ["-" if e.moved_fraction is None else f"{e.moved_fraction:.2%}"]),
                 f"{e.kept_fraction or 0:.2%}",
-                f"{e.kept_nonzero_fraction or 0:.2%}",
                 f"{e.tie_fraction or 0:.2%}" if e.threshold is not None else "-",
                 f"{e.threshold:.6g}" if e.threshold is not None else "per tensor" if e.density != 1 else "none",
             )
         console.print(table)
-        for line in tie_warning(report):
+        for line in trim_warning(report):
             console.print(line, soft_wrap=True)
     if tensors and report.tensors:
         votes = report.conflict_fraction is not None
@@ -111,10 +114,10 @@ def sweep_table(done: Sequence[Swept]) -> None:
 
 def analysis_table(found: Analysis, *, detailed: bool = False) -> None:
     """Experts, then what is between them, and last what to act on. detailed: also by layer and by tensor."""
-    console = _console()
+    console, moved = _console(), [e.name for e in found.experts if e.of_moved]
     console.print(
         f"{found.elements:,} elements, {len(found.experts)} experts, base '{found.base}'; trimmed over the whole model "
-        f"to density {found.density:g}",
+        f"to density {found.density:g}" + (f" (of what differs: {', '.join(moved)})" if moved else ""),
         soft_wrap=True,
     )
     table = Table("expert", "norm", "of the base's", "zeros", "threshold", "kept", "at threshold", "mass kept")

@@ -43,10 +43,11 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
 
     operands: (n,) each, as stored: the base (where the method takes deltas), `experts` experts, extras. state: of
     `Method.numbers`; position: see Method.merge. Returns the result, (n,) of the type `out`, and int32 counters as
-    `Counters` lays them out: non-finite entries of each operand and of the result, entries above and at each threshold,
-    then the method's own. Raises RecipeError where those are not as many as it declares.
+    `Counters` lays them out: non-finite entries of each operand and of the result, entries above and at each threshold
+    (and zeros, where a rank follows from those), then the method's own. Raises RecipeError where those are not as many
+    as it declares.
     """
-    trims, declared = method.needs.trim is not None, method.counters(experts)
+    trim, declared = method.needs.trim, method.counters(experts)
 
     def merge_slice(operands: Sequence[Tensor], state: dict[str, Tensor], position: Tensor) -> tuple[Tensor, Tensor]:
         values = [x.to(torch.float32) for x in operands]
@@ -57,7 +58,7 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
             values = [base, *(x - base for x in values[1:])]
         split = first + experts
         numbers = dict(state)
-        proofs = count_trims(values[first:split], numbers.pop(THRESHOLDS)) if trims else []
+        proofs = count_trims(values[first:split], numbers.pop(THRESHOLDS), zeros=trim.counts_zeros) if trim else []
         merged, counts = method.merge(base, values[first:split], values[split:], numbers, position)
         if len(counts) != len(declared):
             raise RecipeError(_miscounted(method, declared, len(counts)))
@@ -67,12 +68,16 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
     return merge_slice
 
 
-def count_trims(deltas: Sequence[Tensor], thresholds: Tensor) -> list[Tensor]:
-    """What proves the thresholds: how many of each |delta| are above its own and equal to it, 0-d int32 each."""
+def count_trims(deltas: Sequence[Tensor], thresholds: Tensor, *, zeros: bool) -> list[Tensor]:
+    """What proves the thresholds: how many of each |delta| are above its own and equal to it, 0-d int32 each.
+
+    zeros: and how many are 0.
+    """
     counts = []
     for i, delta in enumerate(deltas):
         magnitude = delta.abs()
         counts += [count(magnitude > thresholds[i]), count(magnitude == thresholds[i])]
+        counts += [count(delta == 0)] if zeros else []
     return counts
 
 

@@ -13,7 +13,7 @@ from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job
 from ties_dist.planning.sample import sample_slices
 from ties_dist.storage.place import Place
-from ties_dist.thresholds import predict
+from ties_dist.thresholds import predict, zero_share
 from ties_dist.values.views import read_bytes
 from ties_dist.worker.merging import Worker
 
@@ -133,17 +133,20 @@ def _sample(job: Job) -> Sample:
     experts = range(len(chosen.experts)) if chosen.method.operand == "delta" else []
     magnitudes, weights = worker.sample(*sample_slices(chosen), experts)
     for i, sampled in magnitudes.items():
-        zeros.append(float(weights[sampled == 0].sum() / weights.sum()) if sampled.size else 0.0)
+        zeros.append(zero_share(sampled, weights))
+        thresholds.append(None)
+        kept.append(None)
         density = job.recipe.experts[i].parameters["density"].constant if rule else None
-        rank = rule.rank(chosen.elements, density) if rule and density and rule.scope == "model" else None
-        if not rank or not sampled.size:
-            thresholds.append(None)
-            kept.append(density)
+        if rule is None or density is None or not sampled.size:
             continue
-        found = predict(sampled, weights, rank / chosen.elements)
-        share = found.above + found.equal
-        thresholds.append(found.value)
-        kept.append(min(share, density or 1.0) if rule and rule.tie_policy == "exact_k" else share)
+        moved = round((1 - zeros[-1]) * chosen.elements)
+        asked = density * rule.ranked(i, chosen.elements, chosen.elements - moved)
+        kept[-1] = min(asked, moved) / chosen.elements
+        if rule.scope == "model" and (rank := chosen.rank(i, chosen.elements - moved)):
+            found = predict(sampled, weights, rank / chosen.elements)
+            thresholds[-1] = found.value
+            share = found.above + (found.equal if found.value else 0.0)  # a zero is never kept
+            kept[-1] = min(share, asked / chosen.elements) if rule.tie_policy == "exact_k" else share
     return Sample(
         thresholds=tuple(thresholds),
         kept_fractions=tuple(kept),

@@ -83,9 +83,10 @@ def _expert(job: Job, totals: Totals, model_cuts: Sequence[ModelCut], i: int) ->
         weight=weight,
         density=settings["density"].constant,
         kept_fraction=totals.overall.kept[i] / d,
-        kept_nonzero_fraction=totals.overall.kept_nonzero[i] / d,
+        moved_fraction=1 - totals.overall.zeros(i) / d if plan.needs.trim.is_of_moved(i) else None,
         tie_fraction=_ties(plan.needs.trim, totals, i) / d if cut is None or ranked else 0.0,
         threshold=cut.threshold.value if cut is not None and ranked else None,
+        untrimmed=_untrimmed(plan.needs.trim, totals, i),
     )
 
 
@@ -93,10 +94,20 @@ def _ties(rule: TrimRule, totals: Totals, i: int) -> int:
     """Entries equal to their threshold; where a tensor is kept whole there is none, though its zeros were counted."""
     if rule.scope == "model":
         return totals.overall.equal[i]
+    return sum(n.equal[i] for tensor, n in totals.by_tensor() if _rank(rule, totals.plan, tensor, n, i) is not None)
+
+
+def _rank(rule: TrimRule, plan: MergePlan, tensor: str, counts: Counts, i: int) -> int | None:
+    """Of an expert's threshold in one tensor."""
+    entries = rule.ranked(i, plan.sizes[tensor], counts.zeros(i))
+    return rule.rank(entries, plan.numbers[tensor].experts[i]["density"])
+
+
+def _untrimmed(rule: TrimRule, totals: Totals, i: int) -> int:
+    """Tensors that have a threshold of their own, which is 0: all that the expert moved there is kept."""
     return sum(
-        counts.equal[i]
-        for tensor, counts in totals.by_tensor()
-        if rule.rank(totals.plan.sizes[tensor], totals.plan.numbers[tensor].experts[i]["density"]) is not None
+        n.passed[i] > n.kept[i] > 0 and _rank(rule, totals.plan, tensor, n, i) is not None
+        for tensor, n in (totals.by_tensor() if rule.scope == "tensor" else ())
     )
 
 

@@ -25,6 +25,8 @@ from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import (
     KEEP_ALL,
     KEEP_NONE,
+    NO_WINDOW,
+    ZEROS,
     Cuts,
     Histogram,
     ModelCut,
@@ -35,6 +37,7 @@ from ties_dist.thresholds import (
     predict,
     resolve,
     to_bits,
+    zero_share,
 )
 from ties_dist.values.items import Portion, WorkItem, as_item
 from ties_dist.values.observation import Observation
@@ -83,23 +86,28 @@ class Scan:
         rule = self.plan.needs.trim
         assert rule is not None and rule.scope == "model"
         experts = range(len(self.plan.experts) if self.plan.elements else 0)
-        ranks = {i: rule.rank(self.plan.elements, self.plan.density(i)) for i in experts}
-        found = {i: KEEP_ALL if rank is None else KEEP_NONE for i, rank in ranks.items() if not rank}
-        found |= proven or {}
-        wanted = {i: rank for i, rank in ranks.items() if rank and i not in found}
-        windows = self._from_cache(wanted, found)
-        unknown = {i: rank for i, rank in wanted.items() if i not in found}
-        if unknown and speculate is not False and rule.tie_policy == "keep_all":
-            taken = self._speculate(unknown, take_all=bool(speculate))
+        found, ranks = dict(proven or {}), dict[int, int]()
+        for i in experts:
+            if not self._waits_for_zeros(i):
+                self._rank(i, 0, ranks, found)
+        windows = self._from_cache([i for i in experts if i not in found], ranks, found)
+        unknown = [i for i in experts if i not in found]
+        if speculate is not False and rule.tie_policy == "keep_all":
+            taken = self._speculate({i: ranks[i] for i in unknown if i in ranks}, take_all=bool(speculate))
             found |= taken
-            unknown = {i: rank for i, rank in unknown.items() if i not in taken}
+            unknown = [i for i in unknown if i not in taken]
             if taken:
                 self.source = "sample and scan" if unknown else "sample"
         if unknown:
-            unseen = self._predict({i: rank for i, rank in unknown.items() if i not in windows})
-            windows |= {i: guess_window(p.value) for i, p in unseen.items()}
-            self._count(windows | self._windows_of_others(windows))
-        while missing := {i: rank for i, rank in wanted.items() if i not in found}:
+            unseen = self._predict([i for i in unknown if i not in windows])
+            windows |= {
+                i: guess_window(unseen[i].value) if i in unseen else NO_WINDOW for i in unknown if i not in windows
+            }
+            waiting = [i for i in unknown if i not in ranks]
+            self._count(windows | self._windows_of_others(windows) | {self._of_zeros(i): ZEROS for i in waiting})
+            for i in waiting:
+                self._rank(i, int(self._counted[self._of_zeros(i)].fine[0]), ranks, found)
+        while missing := {i: rank for i, rank in ranks.items() if i not in found}:
             again = {}
             for i, rank in missing.items():
                 answer = resolve(self._counted[i], rank)
@@ -111,17 +119,32 @@ class Scan:
                 logger.info("the sample missed the bucket of %d thresholds: reading these experts again", len(again))
                 self._count(again)
         if rule.tie_policy == "exact_k":
-            return self._cut_ties(found, wanted)
+            return self._cut_ties(found, ranks)
         return tuple(ModelCut(found.get(i, KEEP_ALL)) for i in range(len(self.plan.experts)))
+
+    def _waits_for_zeros(self, expert: int) -> bool:
+        """Whether a rank is known only when it is known how many entries did not move."""
+        rule = self.plan.needs.trim
+        return rule is not None and rule.is_of_moved(expert) and self.plan.density(expert) < 1
+
+    def _rank(self, expert: int, zeros: int, ranks: dict[int, int], found: dict[int, Threshold]) -> None:
+        """Note an expert's rank, or the threshold that needs none."""
+        rank = self.plan.rank(expert, zeros)
+        if rank:
+            ranks[expert] = rank
+        else:
+            found.setdefault(expert, KEEP_ALL if rank is None else KEEP_NONE)
+
+    def _of_zeros(self, expert: int) -> int:
+        """The number under which an expert's zeros are counted, behind all windows of its magnitudes."""
+        return expert + (len(self.also) + 1) * len(self.plan.experts)
 
     def _windows_of_others(self, own: Mapping[int, Window]) -> dict[int, Window]:
         """Further windows of the experts that are read anyhow, by expert plus a multiple of their number."""
-        rule, count = self.plan.needs.trim, len(self.plan.experts)
-        assert rule is not None
+        count = len(self.plan.experts)
         windows: dict[int, Window] = {}
         for number, other in enumerate(self.also, 1):
-            ranks = {i: rule.rank(other.elements, other.density(i)) for i in own}
-            for i, prediction in self._predict({i: rank for i, rank in ranks.items() if rank}).items():
+            for i, prediction in self._predict(list(own), plan=other).items():
                 window = guess_window(prediction.value)
                 if self.store is not None and window not in {
                     own[i],
@@ -130,23 +153,27 @@ class Scan:
                     windows[i + number * count] = window
         return windows
 
-    def _from_cache(self, wanted: Mapping[int, int], found: dict[int, Threshold]) -> dict[int, Window]:
+    def _from_cache(
+        self, wanted: Sequence[int], ranks: dict[int, int], found: dict[int, Threshold]
+    ) -> dict[int, Window]:
         """Thresholds known already, into `found`; of others the bucket that a read has to count, where that is."""
         windows: dict[int, Window] = {}
-        for i, rank in wanted.items():
-            known = (
-                self.store.load(
-                    self.store.key(self.plan.base, self.plan.experts[i], self.plan.sizes), self.plan.elements
-                )
-                if self.store
-                else None
-            )
-            threshold = known.threshold(rank) if known else None
+        for i in wanted if self.store is not None else ():
+            assert self.store is not None
+            key = self.store.key(self.plan.base, self.plan.experts[i], self.plan.sizes)
+            known = self.store.load(key, self.plan.elements)
+            zeros = known.zeros if known is not None and i not in ranks else 0
+            if known is None or zeros is None:
+                continue
+            rank = self.plan.rank(i, zeros)
+            threshold = known.threshold(rank) if rank else None
+            if rank and threshold is None:
+                windows[i] = known.window(rank)  # zeros are counted again, beside it: nothing scanned rests on a cache
+                continue
+            self._rank(i, zeros, ranks, found)
             if threshold is not None:
                 found[i] = threshold
-                self.source = "cache"
-            elif known is not None:
-                windows[i] = known.window(rank)
+            self.source = "cache"
         return windows
 
     def _speculate(self, ranks: Mapping[int, int], *, take_all: bool) -> dict[int, Threshold]:
@@ -157,20 +184,28 @@ class Scan:
         """
         if not take_all and not self.plan.is_16_bit:
             return {}
-        predictions = self._predict(ranks)
+        predictions = self._predict(list(ranks))
         if not take_all:
-            unsure = {i: rank for i, rank in ranks.items() if not self._is_likely(predictions[i], rank)}
+            unsure = [i for i, rank in ranks.items() if not self._is_likely(predictions[i], rank)]
             if self.plan.elements >= LARGER_FROM * LARGER_SAMPLE * SAMPLE_SLICES * SAMPLE_ELEMENTS:
-                for i, rank in unsure.items():  # one at a time: a larger sample takes 100 MB
-                    predictions |= self._predict({i: rank}, LARGER_SAMPLE)
+                for i in unsure:  # one at a time: a larger sample takes 100 MB
+                    predictions |= self._predict([i], LARGER_SAMPLE)
             predictions = {i: p for i, p in predictions.items() if self._is_likely(p, ranks[i])}
         return {i: self._taken(p) for i, p in predictions.items()}
 
-    def _predict(self, wanted: Mapping[int, int], times: int = 1) -> dict[int, Prediction]:
+    def _predict(
+        self, wanted: Sequence[int], times: int = 1, *, plan: MergePlan | None = None
+    ) -> dict[int, Prediction]:
+        """What a sample says of these experts' thresholds in a plan, by default this one; of those that have any."""
         if not wanted:
             return {}
+        plan, found = plan or self.plan, {}
         magnitudes, weights = self.worker.sample(*sample_slices(self.plan, times), sorted(wanted))
-        return {i: predict(magnitudes[i], weights, rank / self.plan.elements) for i, rank in wanted.items()}
+        for i in wanted:
+            zeros = round(plan.elements * zero_share(magnitudes[i], weights))
+            if rank := plan.rank(i, zeros):
+                found[i] = predict(magnitudes[i], weights, rank / plan.elements)
+        return found
 
     def _is_likely(self, p: Prediction, rank: int) -> bool:
         """Whether a rank lies inside its predicted atom by more than the sample's error."""

@@ -62,11 +62,11 @@ class Totals:
         problems = []
         for tensor, counts in self.by_tensor():
             for i, numbers in enumerate(self.plan.numbers[tensor].experts):
-                rank = rule.rank(self.plan.sizes[tensor], numbers["density"])
-                if not _stands(rule, rank, counts, i):
+                entries = rule.ranked(i, self.plan.sizes[tensor], counts.zeros(i))
+                if not _stands(rule, rule.rank(entries, numbers["density"]), entries, counts, i):
                     problems.append(
                         f"{tensor}: {counts.above[i]:,} entries of expert {i} above the threshold, {counts.equal[i]:,} "
-                        f"at it, {counts.kept[i]:,} kept"
+                        f"at it, {counts.passed[i]:,} kept"
                     )
         return problems
 
@@ -76,12 +76,12 @@ class Totals:
         rule = plan.needs.trim
         assert rule is not None and rule.scope == "model"
         for i, cut in enumerate(model):
-            rank = rule.rank(plan.elements, plan.density(i)) if plan.elements else None
-            if not _stands(rule, rank, counts, i):
+            entries, rank = rule.ranked(i, plan.elements, counts.zeros(i)), plan.rank(i, counts.zeros(i))
+            if not _stands(rule, rank, entries, counts, i):
+                right = f"the {rank:,}-th largest of {entries:,}" if rank else f"what {entries:,} that moved ask for"
                 wrong[i] = (
                     f"expert '{plan.experts[i].name}': {counts.above[i]:,} entries above {cut.threshold.value:g}, "
-                    f"{counts.equal[i]:,} equal to it and {counts.kept[i]:,} kept do not make it the {rank:,}-th "
-                    "largest"
+                    f"{counts.equal[i]:,} equal to it and {counts.passed[i]:,} kept do not make it {right}"
                 )
         return wrong
 
@@ -108,9 +108,12 @@ class Totals:
         )
 
 
-def _stands(rule: TrimRule, rank: int | None, counts: Counts, expert: int) -> bool:
-    """Whether counts prove an expert's threshold of a rank; without one there is nothing to prove."""
+def _stands(rule: TrimRule, rank: int | None, entries: int, counts: Counts, expert: int) -> bool:
+    """Whether counts prove an expert's threshold of a rank among some entries.
+
+    Without a rank there is none to prove, unless that there is none followed from a count itself.
+    """
     if not rank:
-        return True
-    exact = rule.tie_policy != "exact_k" or counts.kept[expert] == rank
+        return not rule.is_of_moved(expert) or counts.kept[expert] == (entries if rank is None else 0)
+    exact = rule.tie_policy != "exact_k" or counts.passed[expert] == rank
     return exact and proves(rank, counts.above[expert], counts.equal[expert])

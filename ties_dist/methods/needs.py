@@ -19,6 +19,20 @@ class TrimRule:
     tie_policy: Literal["keep_all", "exact_k"]
     at_least: int = 0
     """mergekit keeps at least one entry of every tensor."""
+    of_moved: tuple[bool, ...] = ()
+    """By expert, whether its density is a share of the entries that are not zero; empty: of no expert."""
+
+    @property
+    def counts_zeros(self) -> bool:
+        """Whether a rank follows from how many entries are zero."""
+        return any(self.of_moved)
+
+    def is_of_moved(self, expert: int) -> bool:
+        return bool(self.of_moved) and self.of_moved[expert]
+
+    def ranked(self, expert: int, numel: int, zeros: int) -> int:
+        """Entries that an expert's density is a share of, where `zeros` of `numel` are zero."""
+        return numel - zeros if self.is_of_moved(expert) else numel
 
     def kept(self, numel: int, density: float) -> int:
         """k: entries to keep of `numel`, int(numel * density) in float64 as the published codes compute it."""

@@ -43,7 +43,10 @@ class Ties(Method):
         INT8_MASK,
     )
     options: ClassVar[frozenset[str]] = frozenset(
-        ("trim_scope", "tie_policy", "elect", "elect_from", "zero_sign", "weight_before_elect", "aggregate")
+        (
+            *("trim_scope", "tie_policy", "density_of", "elect", "elect_from", "zero_sign", "weight_before_elect"),
+            "aggregate",
+        )
     )
 
     trim_scope: Literal["model", "tensor"] = "model"
@@ -56,14 +59,18 @@ class Ties(Method):
     weight_before_elect: bool = True
     aggregate: Literal["mean", "sum", "max", "average"] = "mean"
     divide_by: Literal["weights", "count"] = "weights"
+    of_moved: tuple[bool, ...] = ()
+    """`density_of`, by expert; empty: none of what it moved."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, object], parameters: Mapping[str, float]) -> Ties:
-        chosen = {name: options[name] for name in cls.options if name != "elect_from"}
+        chosen = {name: options[name] for name in cls.options if name not in ("elect_from", "density_of")}
         if not parameters.get("normalize", True):
             chosen["aggregate"] = "sum"
+        moved = cast("tuple[bool, ...]", options["of_moved"])
         return cls(
             **cast("dict[str, str]", chosen),  # type: ignore[arg-type]
+            of_moved=moved if any(moved) else (),
             oracle=options.get("elect_from") is not None,
             at_least=1 if options["semantics"] == "mergekit" else 0,
             divide_by="count" if options["semantics"] == "peft" else "weights",
@@ -71,7 +78,9 @@ class Ties(Method):
 
     @property
     def trim(self) -> TrimRule:
-        return TrimRule(scope=self.trim_scope, tie_policy=self.tie_policy, at_least=self.at_least)
+        return TrimRule(
+            scope=self.trim_scope, tie_policy=self.tie_policy, at_least=self.at_least, of_moved=self.of_moved
+        )
 
     @property
     def asks_majority(self) -> bool:

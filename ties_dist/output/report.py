@@ -15,17 +15,27 @@ VERSION = 1
 class ExpertReport:
     """One expert. Fractions are of d.
 
-    kept_fraction: entries that pass the trim rule. tie_fraction: entries equal to the threshold. threshold: |delta|,
-    where one holds for the whole model. density: None where it varies inside the model or nothing is trimmed.
+    kept_fraction: entries that pass the trim; a zero is never kept. moved_fraction: those that differ from the base's,
+    where the density is a share of them. tie_fraction: entries equal to the threshold. threshold: |delta|, where one
+    holds for the whole model. density: None where it varies inside the model or nothing is trimmed. untrimmed: tensors
+    that have thresholds of their own and this one's is 0, so that all that moved is kept.
     """
 
     name: str
     weight: float | None
     density: float | None = None
     kept_fraction: float | None = None
-    kept_nonzero_fraction: float | None = None
+    moved_fraction: float | None = None
     tie_fraction: float | None = None
     threshold: float | None = None
+    untrimmed: int = 0
+
+    @property
+    def asked_fraction(self) -> float | None:
+        """What the density asks for, of d."""
+        if self.density is None or self.moved_fraction is None:
+            return self.density
+        return self.density * self.moved_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +87,39 @@ class MergeReport:
         return parse(text.encode(), cls, "the report")
 
 
-def tie_warning(report: MergeReport) -> list[str]:
-    """Plain words where ties make a trim keep clearly more than was asked for (semantics.md: the trap on bf16)."""
+def trim_warning(report: MergeReport) -> list[str]:
+    """Plain words where a trim keeps clearly more than was asked for, because entries equal the threshold, or less
+    moved than was asked for (semantics.md: the trap on bf16)."""
     said = []
     for expert in report.experts:
-        if expert.density is None or expert.kept_fraction is None or expert.kept_fraction <= expert.density * 1.02:
+        if zero := _at_zero(expert):
+            said.append(zero)
+            continue
+        asked, kept = expert.asked_fraction, expert.kept_fraction
+        if asked is None or kept is None or kept <= asked * 1.02:
             continue
         said.append(
-            f"{expert.name}: density {expert.density:g} asked, {expert.kept_fraction:.1%} kept, because "
+            f"{expert.name}: density {expert.density:g} asked{_of_moved(expert)}, {kept:.1%} kept, because "
             f"{expert.tie_fraction or 0:.1%} of its entries equal the threshold and all ties are kept, as in the "
-            f"published code. `tie_policy: exact_k` would keep {expert.density:.1%}."
+            f"published code. `tie_policy: exact_k` would keep {asked:.1%}."
         )
     return said
+
+
+def _at_zero(expert: ExpertReport) -> str | None:
+    if expert.threshold == 0:
+        found, where = f"its threshold is 0: only {expert.kept_fraction or 0:.2%} of its entries differ", ""
+    elif expert.untrimmed:
+        found = f"its threshold is 0 in {expert.untrimmed:,} tensors: few of their entries differ"
+        where = " there"
+    else:
+        return None
+    asked = "the density asks for" if expert.density is None else f"density {expert.density:g} asks for"
+    return (
+        f"{expert.name}: {found} from the base, less than {asked}, and nothing of them is trimmed{where}. "
+        "`density_of: moved` keeps that share of what differs."
+    )
+
+
+def _of_moved(expert: ExpertReport) -> str:
+    return "" if expert.moved_fraction is None else f" of the {expert.moved_fraction:.1%} that differ from the base"

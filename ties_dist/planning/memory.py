@@ -143,4 +143,7 @@ def _whole_mebibytes(size: int) -> int:
 
 def statistics_bytes(method: Method, operands: int, threads: int) -> int:
     """Histograms of a scan: per thread and expert a coarse one and four fine windows, and the driver's sum."""
-    return 0 if method.needs.trim is None else (threads + 2) * operands * 8 * ((1 << 15) + 4 * (1 << 16))
+    if method.needs.trim is None:
+        return 0
+    zeros = (1 << 15) + (1 << 16) if method.needs.trim.counts_zeros else 0
+    return (threads + 2) * operands * 8 * ((1 << 15) + 4 * (1 << 16) + zeros)

@@ -142,6 +142,7 @@ class MergePlan:
         return Counters(
             operands=len(self.operands),
             trimmed=count if self.needs.trim is not None else 0,
+            zeros=self.needs.trim is not None and self.needs.trim.counts_zeros,
             own=tuple(self.method.counters(count)),
         )
 
@@ -165,6 +166,12 @@ class MergePlan:
     def density(self, expert: int) -> float:
         """An expert's density, where the trim's scope is the model and so one holds for all tensors."""
         return self.numbers[self.counted[0].source].experts[expert]["density"]
+
+    def rank(self, expert: int, zeros: int) -> int | None:
+        """Of an expert's whole-model threshold (`TrimRule.rank`). zeros: its entries that are the base's."""
+        rule = self.needs.trim
+        assert rule is not None and rule.scope == "model"
+        return rule.rank(rule.ranked(expert, self.elements, zeros), self.density(expert)) if self.elements else None
 
     def parameters_of(self, tensor: str) -> dict[str, float]:
         """The recipe's global numbers for a tensor; of a random method with one that stands for the tensor."""

@@ -138,7 +138,7 @@ def assemble(
 
 def _method(recipe: Recipe) -> Method:
     return recipe.spec.from_options(
-        {**recipe.options.model_dump(), "elect_from": recipe.elect_from},
+        {**recipe.options.model_dump(), "elect_from": recipe.elect_from, "of_moved": recipe.of_moved},
         {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
     )
 
@@ -202,6 +202,7 @@ def _notes(recipe: Recipe, plan: MergePlan, inputs: Inputs, merge_set: MergeSet)
     yield from merge_set.notes
     yield from _other_numbers(recipe, plan.tensors)
     yield from _equal_inputs(plan)
+    yield from _of_moved(recipe, plan)
     yield from _whole(plan)
     yield from admit(plan)
 
@@ -240,6 +241,17 @@ def _matrices(specs: Sequence[TensorSpec], stores: Sequence[ExpertStatistics]) -
             f"{how_to_collect(kind='gram')}"
         )
     return matrices
+
+
+def _of_moved(recipe: Recipe, plan: MergePlan) -> Iterator[str]:
+    """What to say of densities that are shares of what differs from the base, where nobody asked for that."""
+    rule = plan.needs.trim
+    moved = [f"'{e.name}'" for i, e in enumerate(plan.experts) if rule is not None and rule.is_of_moved(i)]
+    if moved and recipe.options.density_of == "auto":
+        yield (
+            f"the density of {', '.join(moved)} is a share of the entries that an adapter changes: a share of the "
+            "whole model would trim nothing of it (`density_of: all` takes that)."
+        )
 
 
 def _whole(plan: MergePlan) -> Iterator[str]:

@@ -24,6 +24,8 @@ class Options(BaseModel):
     semantics: Semantics = "paper"
     trim_scope: Literal["model", "tensor"] = "model"
     tie_policy: Literal["keep_all", "exact_k"] = "keep_all"
+    density_of: Literal["auto", "all", "moved"] = "auto"
+    """`auto`: of what an adapter moves, of all entries of a model; `Recipe.of_moved` says it by expert."""
     elect: Literal["mass", "count", "none"] = "mass"
     elect_from: str | None = None
     """The model as written; `Recipe.elect_from` says where it is."""
@@ -49,10 +51,11 @@ COMMON_OPTIONS = frozenset(("semantics", "exclude", "vocab", "non_float", "outpu
 
 PRESETS: Mapping[Semantics, Mapping[str, object]] = {
     "paper": {},
-    "mergekit": {"trim_scope": "tensor", "tie_policy": "exact_k", "zero_sign": "positive"},
+    "mergekit": {"trim_scope": "tensor", "tie_policy": "exact_k", "density_of": "all", "zero_sign": "positive"},
     "peft": {
         "trim_scope": "tensor",
         "tie_policy": "exact_k",
+        "density_of": "all",
         "zero_sign": "positive",
         "weight_before_elect": False,
     },

@@ -71,6 +71,17 @@ class Recipe:
         """Float type of the output; None: each tensor keeps the base's."""
         return self.out_dtype or self.dtype
 
+    @property
+    def of_moved(self) -> tuple[bool, ...]:
+        """By expert, whether its density is a share of the entries that differ from the base's.
+
+        An adapter of the base moves a few modules: a share of the whole model would trim nothing of it. Where adapters
+        are merged with each other d is their own already, as in the paper's experiments on (IA)3.
+        """
+        chosen, base = self.options.density_of, self.base.path if self.base is not None else None
+        adapters = [e.model.adapter is not None and e.model.path == base for e in self.experts]
+        return tuple(chosen == "moved" or (chosen == "auto" and adapter) for adapter in adapters)
+
     def canonical(self) -> dict[str, object]:
         """What can influence output bytes, JSON-able: no paths and no names, for the inputs identify themselves."""
         return {
@@ -78,7 +89,7 @@ class Recipe:
             **self._code(),
             "experts": [self._effective(expert.parameters) for expert in self.experts],
             "parameters": self._effective(self.parameters),
-            "options": self._options() | {"exclude": sorted(set(self.options.exclude))},
+            "options": self._resolved_options(),
             "elect_from": self.elect_from is not None,
             "output_dtype": self.output_dtype,
         }
@@ -115,11 +126,19 @@ class Recipe:
         given = {key: value for key, value in document.items() if value not in (None, {})}
         return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
+    def _resolved_options(self) -> dict[str, object]:
+        options = self._options() | {"exclude": sorted(set(self.options.exclude))}
+        options.pop("density_of", None)
+        return options | (
+            {"of_moved": self.of_moved} if "density_of" in self.spec.options and any(self.of_moved) else {}
+        )
+
     def _options(self) -> dict[str, object]:
         """The options that this method understands and that are in force; `elect` is not beside `elect_from`."""
         apart = {"exclude", "elect_from"} | ({"elect"} if self.elect_from else set())
-        # Fingerprints as before there was a choice.
-        apart |= {name for name in ("output", "tie_word_embeddings") if name not in self.options.chosen}
+        # Fingerprints and copies of recipes as before there was a choice.
+        new = ("output", "tie_word_embeddings", "density_of")
+        apart |= {name for name in new if name not in self.options.chosen}
         understood = (self.spec.options | COMMON_OPTIONS) - apart
         return {name: value for name, value in self.options.model_dump().items() if name in understood}
 

@@ -43,6 +43,11 @@ class Counted:
     coarse: np.ndarray
     fine: dict[int, np.ndarray]
 
+    @property
+    def zeros(self) -> int | None:
+        """How many magnitudes are zero; None where that was not counted."""
+        return int(self.fine[0][0]) if 0 in self.fine else None
+
     def threshold(self, rank: int) -> Threshold | None:
         bucket, higher = coarse_bucket(self.coarse, rank)
         return fine_threshold(self.fine[bucket], bucket, higher, rank) if bucket in self.fine else None

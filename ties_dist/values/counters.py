@@ -21,41 +21,54 @@ Row = tuple[int, ...]
 class Counts(NamedTuple):
     """What was counted of some elements.
 
-    nonfinite: NaN and Inf, per operand; nonfinite_out: of the result. above, equal, kept, kept_nonzero: per expert
-    where the method trims: |delta| against the threshold, and what the trim keeps. own: by the method, under its names.
-    Zeros are what equals a threshold of 0. Counted everywhere they cost the TIES loop 10 % of its speed: nobody asks.
+    nonfinite: NaN and Inf, per operand; nonfinite_out: of the result. above, equal, passed, kept: per expert where the
+    method trims: |delta| against the threshold, what passes the trim, and what of that is not zero. zero: per expert
+    where a rank follows from it, else empty: counted everywhere zeros cost the TIES loop 10 % of its speed. own: by the
+    method, under its names.
     """
 
     nonfinite: tuple[int, ...]
     nonfinite_out: int
     above: tuple[int, ...]
     equal: tuple[int, ...]
+    zero: tuple[int, ...]
+    passed: tuple[int, ...]
     kept: tuple[int, ...]
-    kept_nonzero: tuple[int, ...]
     own: Mapping[str, int]
+
+    def zeros(self, expert: int) -> int:
+        """Entries of an expert that are the base's; 0 where nothing follows from how many those are."""
+        return self.zero[expert] if self.zero else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
-    """The rows of one plan. operands: inputs of a slice; trimmed: experts that have thresholds; own: of the method."""
+    """The rows of one plan. operands: inputs of a slice; trimmed: experts that have thresholds; zeros: whether theirs
+    are counted; own: of the method."""
 
     operands: int
     trimmed: int
+    zeros: bool = False
     own: tuple[str, ...]
 
     @cached_property
+    def _proofs(self) -> tuple[str, ...]:
+        """What is counted of each expert that has a threshold."""
+        return ("above", "equal", "zero") if self.zeros else ("above", "equal")
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of a row, in order. A kernel returns all but the last, `kept` and `kept_nonzero`, which follow from cuts."""
+        """Of a row, in order. A kernel returns all but the last, `passed` and `kept`, which follow from cuts."""
         operands = (f"nonfinite[{k}]" for k in range(self.operands))
-        proofs = (f"{name}[{i}]" for i in range(self.trimmed) for name in ("above", "equal"))
-        kept = (f"{name}[{i}]" for i in range(self.trimmed) for name in ("kept", "kept_nonzero"))
+        proofs = (f"{name}[{i}]" for i in range(self.trimmed) for name in self._proofs)
+        kept = (f"{name}[{i}]" for i in range(self.trimmed) for name in ("passed", "kept"))
         return (*operands, "nonfinite_out", *proofs, *self.own, *kept)
 
     def row(self, counted: np.ndarray, cuts: Cuts, start: int) -> Row:
         """The row of a slice that lies on one side of each cut of ties. counted: by a kernel; start: in its tensor."""
-        numbers, kept, first = counted.tolist(), [], self.operands + 1
+        numbers, kept, first, step = counted.tolist(), [], self.operands + 1, len(self._proofs)
         for i, cut in enumerate(cuts):
-            above, equal = numbers[first + 2 * i : first + 2 * i + 2]
+            above, equal = numbers[first + step * i : first + step * i + 2]
             passed = above + (equal if start < cut.ties else 0)
             kept += [passed, passed if cut.bits else above]
         return (*numbers, *kept)
@@ -63,16 +76,17 @@ class Counters:
     def read(self, row: Sequence[int] | np.ndarray) -> Counts:
         assert len(row) == len(self.names), "a row of another plan"
         numbers = [int(n) for n in row]
-        first = self.operands + 1
-        own = first + 2 * self.trimmed
+        first, step = self.operands + 1, len(self._proofs)
+        own = first + step * self.trimmed
         kept = own + len(self.own)
         return Counts(
             nonfinite=tuple(numbers[: self.operands]),
             nonfinite_out=numbers[self.operands],
-            above=tuple(numbers[first:own:2]),
-            equal=tuple(numbers[first + 1 : own : 2]),
-            kept=tuple(numbers[kept::2]),
-            kept_nonzero=tuple(numbers[kept + 1 :: 2]),
+            above=tuple(numbers[first:own:step]),
+            equal=tuple(numbers[first + 1 : own : step]),
+            zero=tuple(numbers[first + 2 : own : step]) if self.zeros else (),
+            passed=tuple(numbers[kept::2]),
+            kept=tuple(numbers[kept + 1 :: 2]),
             own=dict(zip(self.own, numbers[own:kept], strict=True)),
         )
 

@@ -17,7 +17,19 @@ from ties_dist.dtypes import TYPES, DType
 from ties_dist.errors import CheckpointError
 from ties_dist.planning.layout import Segment
 from ties_dist.planning.plan import MergePlan
-from ties_dist.thresholds import KEEP_ALL, KEEP_NONE, Cuts, Histogram, TensorCut, Threshold, Window, resolve
+from ties_dist.thresholds import (
+    KEEP_ALL,
+    KEEP_NONE,
+    NO_WINDOW,
+    ZEROS,
+    Cuts,
+    Histogram,
+    TensorCut,
+    Threshold,
+    Window,
+    coarse_bucket,
+    resolve,
+)
 from ties_dist.values.inputs import Input
 from ties_dist.values.items import WorkItem
 from ties_dist.values.observation import Observation
@@ -177,23 +189,28 @@ class Counter:
     def select(self, tensor: str, numel: int) -> tuple[Cuts, dict[tuple[int, str], int]]:
         """Exact thresholds of one tensor for every expert, and its non-finite counts.
 
-        Reads the tensor in slices: coarse counts, then fine counts of the buckets that hold the ranks, then, where
-        ties are cut, the position of the cut. Reads after the first come from the page cache.
+        Reads the tensor in slices: coarse counts (and zeros, where a rank follows from those), then fine counts of the
+        buckets that hold the ranks, then, where ties are cut, the position of the cut. Reads after the first come from
+        the page cache.
         """
         rule = self.plan.needs.trim
         assert rule is not None
         densities = [numbers["density"] for numbers in self.plan.numbers[tensor].experts]
-        ranks = [rule.rank(numel, density) if numel else None for density in densities]
-        resolved: dict[int, Threshold] = {
-            i: KEEP_ALL if rank is None else KEEP_NONE for i, rank in enumerate(ranks) if not rank
-        }
-        seen = self._select_pass(tensor, numel, {i: Window(0, 0) for i in range(len(ranks)) if i not in resolved})
+        asked = [i for i, density in enumerate(densities) if numel and rule.rank(numel, density) is not None]
+        first = {i: ZEROS if rule.is_of_moved(i) else NO_WINDOW for i in asked}
+        seen = self._select_pass(tensor, numel, first)
         if seen.nonfinite:
-            return tuple(TensorCut(KEEP_ALL.bits, numel) for _ in ranks), seen.nonfinite
+            return tuple(TensorCut(KEEP_ALL.bits, numel) for _ in densities), seen.nonfinite
+        ranks: list[int | None] = [None] * len(densities)
+        for i, histogram in seen.histograms.items():
+            zeros = int(histogram.fine[0]) if rule.is_of_moved(i) else 0
+            ranks[i] = rule.rank(rule.ranked(i, numel, zeros), densities[i])
+        resolved = {i: KEEP_ALL if rank is None else KEEP_NONE for i, rank in enumerate(ranks) if not rank}
         windows = {}
         for i, histogram in seen.histograms.items():
-            bucket = resolve(histogram, ranks[i] or 0)
-            assert isinstance(bucket, int)
+            if i in resolved:
+                continue
+            bucket = coarse_bucket(histogram.coarse, ranks[i] or 0)[0]
             windows[i] = Window(bucket, 1)
         for i, histogram in self._select_pass(tensor, numel, windows).histograms.items():
             threshold = resolve(histogram, ranks[i] or 0)

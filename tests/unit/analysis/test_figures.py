@@ -150,13 +150,13 @@ def test_layers_are_listed_in_their_order() -> None:
 
 def an_expert(name: str, **values: object) -> ExpertAnalysis:
     trim = Trim(
-        density=0.2, rank=20, threshold=0.1, exact=True, above=10, equal=10, kept=20, kept_fraction=0.2,
-        kept_nonzero_fraction=0.2, tie_fraction=0.001, mass_fraction=0.5,
+        density=0.2, asked_fraction=0.2, rank=20, threshold=0.1, exact=True, above=10, equal=10, kept=20,
+        kept_fraction=0.2, tie_fraction=0.001, mass_fraction=0.5,
     )  # fmt: skip
     magnitudes = Magnitudes(starts=(), counts=(), top_entries=(), top_mass=())
     usual = ExpertAnalysis(
         name=name, norm=1.0, relative_norm=0.02, base_cosine=0.999, mass=1.0, zeros=0, zero_fraction=0.0,
-        trims=(trim,), magnitudes=magnitudes,
+        of_moved=False, trims=(trim,), magnitudes=magnitudes,
     )  # fmt: skip
     tied = values.pop("trim", {})
     assert isinstance(tied, dict)
@@ -185,3 +185,10 @@ def test_warnings_name_what_is_out_of_the_ordinary() -> None:
     tied = an_expert("x", trim={"kept_fraction": 0.39, "tie_fraction": 0.24})
     assert warned(a, tied) == [("ties", "x")]
     assert warned(a, tied, trims=False) == []
+    untrimmed = an_expert("x", trim={"threshold": 0.0, "kept_fraction": 0.1})
+    assert warned(a, untrimmed) == [("untrimmed", "x")]
+    assert warned(a, untrimmed, trims=False) == []
+    whole = an_expert("x", trim={"threshold": 0.0, "rank": 0, "kept_fraction": 0.1})  # density 1
+    assert warned(a, whole) == []
+    of_moved = an_expert("x", of_moved=True, trim={"asked_fraction": 0.02, "kept_fraction": 0.03, "tie_fraction": 0.01})
+    assert warned(a, of_moved) == [("ties", "x")]
