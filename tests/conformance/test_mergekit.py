@@ -74,6 +74,7 @@ class Case:
     parameters: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
     base_listed: bool = False
+    base_merged: bool = False  # a base that is named and not listed, as the last model
     # The oracle: keyword arguments of oracle.ties, task_arithmetic or linear.
     oracle: dict[str, Any] = field(default_factory=dict)
     gain: float = 1.0  # upper bound of |lambda| / divisor
@@ -287,6 +288,14 @@ CASES = {
         per_model=weights(0.9, 0.2, -0.4, 1.1, 0.6, 0.3),
         oracle={"weights": (0.9, 0.2, -0.4, 1.1, 0.6, 0.3)},
     ),
+    "linear, a base outside of the models": Case(
+        method="linear",
+        experts=2,
+        per_model=({"weight": 0.9}, {}),
+        parameters={"weight": 0.35},
+        base_merged=True,
+        oracle={"weights": (0.9, 0.35, 0.35)},
+    ),
     "linear, bfloat16 in and out": Case(
         method="linear",
         experts=3,
@@ -338,7 +347,7 @@ def recipe_of(case: Case, root: Path) -> dict[str, Any]:
     if case.base_listed:
         listed = [{"model": str(folder / "base")}, *listed]
     recipe: dict[str, Any] = {"merge_method": case.method, "models": listed, "dtype": "float32"} | case.top
-    if case.method != "linear":
+    if case.method != "linear" or case.base_merged:
         recipe["base_model"] = str(folder / "base")
     if case.parameters:
         recipe["parameters"] = case.parameters
@@ -402,7 +411,7 @@ def read_model(folder: Path) -> dict[str, Array]:
 def merge_with_oracle(case: Case) -> tuple[dict[str, Array], Allowance]:
     """The oracle's output and what may differ from it."""
     base, experts = make_models(case.stored)
-    experts = experts[: case.experts]
+    experts = [*experts[: case.experts], *([base] if case.base_merged else [])]
     if case.method == "linear":
         magnitude = {
             name: sum(

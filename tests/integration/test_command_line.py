@@ -160,7 +160,7 @@ def test_the_summary_leads_with_density_asked_against_share_kept(
     ended = cli("merge", merge_job([base, expert], parameters={"density": 0.2}), tmp_path / "out")
     row = next(line for line in ended.out.splitlines() if "expert-0" in line)
     assert [cell.strip() for cell in row.strip("│┃ ").split("│")] == [
-        *("expert-0", "1", "20.0%", "50.00%", "50.00%", "40.00%", "2"),
+        *("expert-0", "1", "20.0%", "50.00%", "40.00%", "2"),
     ]
     assert "density 0.2 asked, 50.0% kept, because 40.0% of its entries equal the threshold" in ended.out
     assert "`tie_policy: exact_k` would keep 20.0%" in ended.out

@@ -226,7 +226,19 @@ def _read_models(draft: Draft) -> None:
         draft.problems.append("models: no experts to merge; list at least one")
     listed = any(entry.location and draft.base == entry.location for entry in draft.models)
     if draft.spec and not takes_deltas and draft.base and not listed:
-        draft.notes.append(f"base_model gives {draft.method} layout and dtypes only: it is not among `models`.")
+        _place_base(draft, draft.spec, draft.base)
+
+
+def _place_base(draft: Draft, spec: MethodSpec, base: Location) -> None:
+    """What a base outside `models` is to a method on weights: mergekit merges it, as the last model."""
+    said = f"base_model gives {draft.method} layout and dtypes only: it is not among `models`"
+    weighs = _mapping(draft, draft.document.get("parameters")).get("weight") is not None
+    if weighs and spec.statistics is None and draft.options.semantics == "mergekit":
+        draft.models.append(ModelEntry(where="base_model", location=base, parameters={}))
+        said = "base_model is merged, too, with the global weight, as mergekit does with one outside `models`"
+    elif weighs and spec.statistics is None:
+        said += "; `--semantics mergekit` merges it, too, with the global weight"
+    draft.notes.append(f"{said}.")
 
 
 def _read_model(draft: Draft, entry: object, where: str, *, drop_base: bool) -> None:

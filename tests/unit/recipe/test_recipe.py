@@ -289,6 +289,21 @@ def test_a_base_that_linear_does_not_average_is_said(load: Load) -> None:
     )
 
 
+def test_mergekit_averages_a_base_that_is_not_listed_with_the_global_weight(load: Load) -> None:
+    given = linear(0.9, 0.4, base_model="base", parameters={"weight": 0.35})
+    recipe = load(given, semantics="mergekit")
+    assert [(e.model.name, e.parameters["weight"].constant) for e in recipe.experts][-1] == ("base", 0.35)
+    assert recipe.base is not None and recipe.experts[-1].model == recipe.base and len(recipe.experts) == 3
+    said = "base_model is merged, too, with the global weight, as mergekit does with one outside `models`."
+    assert recipe.notes == (said,)
+    assert load(recipe.to_yaml()).experts[-1].model.path == recipe.base.path  # said once, it stays
+    (paper,) = load(given).notes
+    assert "layout and dtypes only" in paper and "; `--semantics mergekit` merges it, too, with the" in paper
+    assert len(load(given).experts) == 2
+    without = load(linear(0.9, 0.4, base_model="base"), semantics="mergekit")  # nobody gave it a weight
+    assert len(without.experts) == 2 and "layout and dtypes only" in without.notes[0]
+
+
 # --- Gradients and filters ------------------------------------------------------------------------------------------
 
 
