@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,96 @@ def test_an_expert_with_a_head_of_its_own_is_merged_as_the_remedy_says(family: s
     loaded = getattr(transformers, FAMILIES[family][0]).from_pretrained(tmp_path / "out")
     assert oracle.same_bytes(parameters(loaded), expected) == []
     assert torch.equal(logits(loaded), logits(restated))
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte"}
+VARIANTS: Mapping[str, dict[str, list[str]]] = {
+    "lora-embedding": {"target_modules": ["EMBEDDING"]},
+    "lora-head": {"target_modules": ["lm_head"]},
+    "lora-both": {"target_modules": ["EMBEDDING", "lm_head"]},
+    "saved-embedding": {"modules_to_save": ["EMBEDDING"]},
+    "saved-head": {"modules_to_save": ["lm_head"]},
+    "saved-both": {"modules_to_save": ["EMBEDDING", "lm_head"]},
+}
+TIED = [("llama", variant) for variant in ("lora-embedding", "lora-both", "saved-embedding", "saved-both")]
+TIED += [("gpt2", "lora-both"), ("gpt2", "saved-both")]
+"""With `ensure_weight_tying`, which peft does nothing about where GPT-2's embedding is adapted alone."""
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """peft warns of layers that are tied, which is what these tests are about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def adapted(family: str, options: Mapping[str, list[str]], root: Path, *, tied: bool = False) -> Any:
+    """Writes base and adapter; returns the model as peft runs it, not merged."""
+    peft = pytest.importorskip("peft", reason="pip install 'ties-dist[test]'")
+    made(family, tied=True, seed=0).save_pretrained(root / "base")
+    named = {k: [EMBEDDINGS[family] if n == "EMBEDDING" else n for n in v] for k, v in options.items()}
+    given = {"target_modules": ["up_proj" if family == "llama" else "c_fc"], **named}
+    config = peft.LoraConfig(r=2, **given, fan_in_fan_out=family == "gpt2", ensure_weight_tying=tied)
+    model = peft.get_peft_model(made(family, tied=True, seed=0), config)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    model.save_pretrained(root / "adapter")
+    return model.eval()
+
+
+def merged(family: str, root: Path, **options: object) -> Any:
+    recipe = {
+        "merge_method": "task_arithmetic", "base_model": str(root / "base"), "ties_dist": options,
+        "models": [{"model": f"{root / 'base'}+{root / 'adapter'}"}],
+    }  # fmt: skip
+    ties_dist.merge(recipe, root / "out")
+    return getattr(transformers, FAMILIES[family][0]).from_pretrained(root / "out")
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_on_one_side_of_a_pair_leaves_the_other_alone(family: str, variant: str, tmp_path: Path) -> None:
+    model = adapted(family, VARIANTS[variant], tmp_path)
+    with pytest.raises(
+        ties_dist.CheckpointError, match=r"are one parameter in the base.*\n`tie_word_embeddings: false`"
+    ):
+        merged(family, tmp_path)
+    found = merged(family, tmp_path, tie_word_embeddings=False)
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(("family", "variant"), TIED)
+def test_an_adapter_that_keeps_a_pair_tied_moves_one_parameter(family: str, variant: str, tmp_path: Path) -> None:
+    model = adapted(family, VARIANTS[variant], tmp_path, tied=True)
+    found = merged(family, tmp_path)
+    assert HEAD not in load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_where_the_heads_name_is_not_known_the_model_that_peft_merges_is_taken(tmp_path: Path) -> None:
+    model = adapted("llama", VARIANTS["lora-embedding"], tmp_path)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "architectures": ["OddForCausalLM"]}))
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(
+        json.dumps({**json.loads(settings.read_text()), "task_type": "CAUSAL_LM", "auto_mapping": None})
+    )
+    with pytest.raises(
+        ties_dist.CheckpointError, match=r"model\.embed_tokens\.weight, which .* a head of unknown name"
+    ):
+        merged("llama", tmp_path, tie_word_embeddings=False)
+    whole = model.merge_and_unload()
+    whole.save_pretrained(tmp_path / "whole")
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    ties_dist.merge({**recipe, "models": [{"model": str(tmp_path / "whole")}]}, tmp_path / "out")
+    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(found), logits(whole), rtol=1e-5, atol=1e-5)

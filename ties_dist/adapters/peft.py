@@ -71,6 +71,18 @@ class Adapter:
         return {name: plain.parameter(entry, place=1) for name, entry in self.tensors.tensors.items()}
 
     @property
+    def targets(self) -> set[str]:
+        """Names of the model's parameters that it has something for, as the model in memory has them."""
+        return {_target(entry.name) for entry in self.tensors.parameters.values()}
+
+    @property
+    def classes(self) -> list[str]:
+        """Of the model that it was made for, or of its task, where it says so."""
+        mapping = self.config.get("auto_mapping")
+        named = mapping.get("base_model_class") if isinstance(mapping, dict) else self.config.get("task_type")
+        return [named] if isinstance(named, str) else []
+
+    @property
     def fan_in_fan_out(self) -> bool:
         return bool(self.config.get("fan_in_fan_out", False))
 
@@ -175,21 +187,22 @@ def adapt(base: Checkpoint, adapter: Adapter, name: str) -> Checkpoint:
     )
 
 
+def _target(name: str) -> str:
+    inner = name.removeprefix(PREFIX)
+    match = _PART.fullmatch(inner)
+    return (
+        f"{match['module']}.weight" if match else inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    )
+
+
 def _sort(entry: Parameter, base: Checkpoint, found: dict[str, _Parts], problems: list[str]) -> None:
     """Which tensor of the base one of the adapter's belongs to."""
-    inner = entry.name.removeprefix(PREFIX)
-    match = _PART.fullmatch(inner)
-    if match is None:
-        saved = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        target = base.find(saved)
-        if target is None:
-            problems.append(f"{show(entry.name)}: the base has no tensor {show(saved)}")
-        else:
-            found.setdefault(target, _Parts()).replaced = entry
-        return
-    target = base.find(f"{match['module']}.weight")
+    wanted, match = _target(entry.name), _PART.fullmatch(entry.name.removeprefix(PREFIX))
+    target = base.find(wanted)
     if target is None:
-        problems.append(f"{show(entry.name)}: the base has no tensor {show(match['module'] + '.weight')}")
+        problems.append(f"{show(entry.name)}: the base has no tensor {show(wanted)}")
+    elif match is None:
+        found.setdefault(target, _Parts()).replaced = entry
     elif match["rest"] == "bias":
         problems.append(f"{show(entry.name)}: a bias of lora_B is not supported; merge it with peft")
     else:

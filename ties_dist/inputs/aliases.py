@@ -25,6 +25,8 @@ Same = Callable[[int, Parameter, Parameter], bool]
 """Whether two parameters of the n-th model are the same numbers."""
 Named = tuple[tuple[str, ...], dict[str, str]]
 """Names of one parameter, and those of them that a model stores, each with what it stores it as."""
+_LANGUAGE_MODEL = re.compile(r"CAUSAL_LM|SEQ_2_SEQ_LM|LM$|LMHead|ForConditionalGeneration|ForPreTraining")
+"""Of transformers' classes, and of peft's tasks."""
 OPTION = "tie_word_embeddings: false"
 
 
@@ -89,6 +91,19 @@ def with_every_name(model: Checkpoint, wanted: Iterable[str], also_of: Iterable[
                 if name not in stored:
                     added.setdefault(name, replace(source, name=name))
     return replace(model, parameters={**model.parameters, **added}) if added else model
+
+
+def lone_embedding(model: Checkpoint, wanted: Iterable[str], also_of: Iterable[str] = ()) -> str | None:
+    """A token embedding that an adapter changes, of a language model whose head has no name that is known here.
+
+    Such a model ties its head, or its output would be lost; with the embedding alone the adapter would move both.
+    """
+    made_for = [*classes(model.config), *also_of]
+    if says_tied(model.config) is False or not any(_LANGUAGE_MODEL.search(name) for name in made_for):
+        return None
+    if any(is_head(name) for name in model.parameters) or groups_of(made_for):
+        return None
+    return next((name for name in sorted(wanted) if is_embedding(name)), None)
 
 
 def _groups(model: Checkpoint, classes: Iterable[str]) -> list[Named]:

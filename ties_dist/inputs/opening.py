@@ -14,6 +14,8 @@ from ties_dist.adapters.peft import Adapter, adapt, read_adapter
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
 from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.errors import CheckpointError
+from ties_dist.inputs.aliases import lone_embedding, with_every_name
+from ties_dist.messages import show
 from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
 from ties_dist.storage.arrays import GROUP_FILE
@@ -66,7 +68,13 @@ def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) ->
         return checkpoint, identify(checkpoint)
     base, found = _open_adapted(path, adapter, name, backend)
     parts = [identify(base), identify(found.tensors), sorted(found.config.items())]
-    return adapt(base, found, name), digest(repr(parts).encode())
+    named = with_every_name(base, found.targets, found.classes)
+    if (lone := lone_embedding(named, found.targets, found.classes)) is not None:
+        raise CheckpointError(
+            f"adapter '{name}' ({adapter}) changes {show(lone)}, which its base ties to a head of unknown name. Merge "
+            "it into its base with peft (`merge_and_unload`), which changes both, and name the result instead."
+        )
+    return adapt(named, found, name), digest(repr(parts).encode())
 
 
 def _open_adapted(path: Path, adapter: Path, name: str, backend: Backend) -> tuple[Checkpoint, Adapter]:

@@ -12,7 +12,7 @@ from tests.unit.inputs.catalogues import Shape, checkpoint
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.checkpoints.parameters import Parameter
 from ties_dist.errors import CheckpointError
-from ties_dist.inputs.aliases import Aliases, find_aliases, with_every_name
+from ties_dist.inputs.aliases import Aliases, find_aliases, lone_embedding, with_every_name
 from ties_dist.inputs.congruence import MergeSet, compare
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -346,6 +346,33 @@ def test_a_class_may_have_several_names_for_it_and_an_old_checkpoint_shorter_one
     assert names(with_every_name(t5, [HEAD])) == set(T5)
     gpt2, _ = model({"wte.weight": "e"}, {"architectures": ["GPT2LMHeadModel"]})
     assert names(with_every_name(gpt2, ["transformer.wte.weight"])) == {"wte.weight", HEAD}
+
+
+def test_an_embedding_whose_head_has_no_known_name_is_told_of() -> None:
+    odd: dict[str, object] = {"architectures": ["OddForCausalLM"]}
+    base, _ = model({"body.wte.weight": "e", NORM: "n"}, odd)
+    assert lone_embedding(base, ["body.wte.weight", NORM]) == "body.wte.weight"
+    assert lone_embedding(base, [NORM]) is None
+    said, _ = model({"body.wte.weight": "e"})
+    assert lone_embedding(said, ["body.wte.weight"]) is None
+    assert lone_embedding(said, ["body.wte.weight"], ["CAUSAL_LM"]) == "body.wte.weight"
+
+
+@pytest.mark.parametrize(
+    ("contents", "config"),
+    [
+        ({EMBED: "e"}, {"architectures": ["OddForCausalLM"], **UNTIED}),
+        ({EMBED: "e", HEAD: "e"}, {"architectures": ["OddForCausalLM"]}),
+        ({EMBED: "e"}, {"architectures": ["OddForSequenceClassification"]}),
+        ({EMBED: "e"}, LLAMA),
+    ],
+    ids=["untied", "stored", "classifier", "known"],
+)
+def test_an_embedding_may_be_alone_where_its_head_is_known_or_there_is_none(
+    contents: Contents, config: dict[str, object]
+) -> None:
+    base, _ = model(contents, config)
+    assert lone_embedding(with_every_name(base, [EMBED]), [EMBED]) is None
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
