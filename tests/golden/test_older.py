@@ -40,8 +40,22 @@ def test_a_finished_output_is_verified_but_for_the_sample(older: Path, capsys: p
     assert ended.status == 0
     assert "no sample was merged again:" in ended.out
     assert "another version of ties_dist (semantics 1, this one has 2)" in ended.out
+    assert "counted a parameter that is stored under several names" in ended.out
+    assert "An adapter on the embedding" not in ended.out
     with pytest.raises(ties_dist.CheckpointError, match=f"merged by {VERSIONS}"):
         verify(LocalPlace(older / "done"), RunOptions(), sample=1.0, progress=Silent())
+
+
+def test_what_may_be_wrong_is_told_by_what_was_merged(older: Path) -> None:
+    record = older / "done" / ".ties_dist" / "manifest.json"
+    content = json.loads(record.read_text())
+    content["origin"] |= {"thresholds": [], "models": {"base": ["../base"], "x": ["../base", "../x"]}}
+    record.write_text(json.dumps(content))
+    (doubt,) = verify(LocalPlace(older / "done"), RunOptions(), sample=0.0, progress=Silent()).doubts
+    assert doubt.startswith("An adapter on the embedding or head of a base that ties them moved both (x)")
+    content["origin"]["models"] = {"base": ["../base"]}
+    record.write_text(json.dumps(content))
+    assert verify(LocalPlace(older / "done"), RunOptions(), sample=0.0, progress=Silent()).doubts == ()
 
 
 def test_damage_of_a_finished_output_is_found(older: Path) -> None:
@@ -59,7 +73,7 @@ def test_merging_over_a_finished_output_names_the_version_and_what_to_do(older: 
     report = ties_dist.merge(older / "recipe.yml", older / "done", overwrite=True)
     assert report.output_digest == DIGEST
     found = verify(LocalPlace(older / "done"), RunOptions(), sample=1.0, progress=Silent())
-    assert (found.remerged_units, found.units) == (4, 4)
+    assert (found.remerged_units, found.units, found.doubts) == (4, 4, ())
 
 
 @pytest.mark.parametrize(("out", "durable", "remedy"), [("half", 2, "--fresh"), ("named", 4, "--fresh --overwrite")])

@@ -256,6 +256,8 @@ def verify_command(
         for name, value in report.sha256.items():
             click.echo(f"{value}  {name}")
         click.echo(summary(report))
+        for doubt in report.doubts:
+            click.echo(doubt)
 
 
 @cli.command("collect")

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ties_dist.engine.earlier import doubts
 from ties_dist.engine.passes import Forgetful, Passes
 from ties_dist.errors import CheckpointError, DamageError, OutputError, TiesDistError
 from ties_dist.executors.local import LocalExecutor
@@ -35,7 +36,10 @@ READ_BYTES = 16 * BLOCK_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """blocks: of 1 MiB, all intact. remerged_units: of how many the bytes were computed again and agree."""
+    """blocks: of 1 MiB, all intact. remerged_units: of how many the bytes were computed again and agree.
+
+    doubts: what may be wrong with a model of an earlier version, though it is what was written.
+    """
 
     blocks: int
     bytes_read: int
@@ -43,6 +47,7 @@ class VerifyReport:
     units: int
     skipped: str | None
     sha256: Mapping[str, str]
+    doubts: tuple[str, ...] = ()
 
 
 def verify(
@@ -79,6 +84,7 @@ def verify(
         units=total,
         skipped=skipped,
         sha256=sums,
+        doubts=doubts(manifest),
     )
 
 
