@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 # torch's OpenMP threads spin while they wait; on a busy machine that makes a fine-tuning step 5 to 8 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check test-all drill drill-ray simulate bench bench-device paper paper-quick clean
+.PHONY: demo test check test-all drill drill-ray families simulate bench bench-device paper paper-quick clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart/run.py
@@ -27,7 +27,13 @@ check: .venv/installed
 # All there is to test, before a release; about an hour and a half.
 test-all: .venv/installed .venv-mergekit/installed
 	$(PYTEST)
-	$(MAKE) drill drill-ray simulate
+	$(MAKE) families drill drill-ray simulate
+
+# 35 families of models, saved by both versions of transformers, each stored in three ways; about 5 minutes.
+families: .venv/installed .venv-transformers4/installed
+	$(BIN)/python tests/families/save.py build/families/5
+	.venv-transformers4/bin/python tests/families/save.py build/families/4
+	$(PYTEST) tests/families --families build/families
 
 # 100 merges, each killed several times at random moments; about 15 minutes.
 drill: .venv/installed
@@ -76,5 +82,13 @@ bench-device:
 	-.venv-mergekit/bin/python $(PIP) mergekit
 	touch $@
 
+# transformers as it was before version 5, which named and tied things otherwise.
+.venv-transformers4/installed: constraints.txt
+	$(PYTHON) -m venv .venv-transformers4
+	grep -E '^(torch|numpy|safetensors)==' constraints.txt > .venv-transformers4/constraints.txt
+	.venv-transformers4/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .venv-transformers4/constraints.txt 'transformers==4.57.6' torch
+	touch $@
+
 clean:
-	rm -rf .venv .venv-mergekit build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-mergekit .venv-transformers4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
