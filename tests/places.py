@@ -55,7 +55,15 @@ class DictPlace:
         parts = folder.split("/")
         self.folders |= {"/".join(parts[: i + 1]) for i in range(len(parts))}
 
-    def put(self, name: str, content: bytes | memoryview, check: Check = unchecked, *, shared: bool = False) -> None:
+    def put(
+        self,
+        name: str,
+        content: bytes | memoryview | Iterable[memoryview],
+        check: Check = unchecked,
+        *,
+        shared: bool = False,
+    ) -> None:
+        content = content if isinstance(content, bytes | bytearray | memoryview) else b"".join(map(bytes, content))
         check()
         with self._lock:
             if name.rpartition("/")[0] not in self.folders:
@@ -92,6 +100,8 @@ class DictPlace:
             if name in self.files:
                 check()
                 self.remove(name)
+                if not self.list(folder := name.rpartition("/")[0]):
+                    self.folders -= {folder} - {""}
         check()
 
     def clear(self, folder: str) -> None:

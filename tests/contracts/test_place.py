@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,28 @@ class PlaceContract:
         for taker in takers:
             taker.join()
         assert [place.read("lock")] == won
+
+    def test_a_file_may_come_in_pieces(self, place: Place) -> None:
+        buffer = bytearray(2)
+
+        def pieces() -> Iterator[memoryview]:
+            for piece in (b"ab", b"cd"):
+                buffer[:] = piece  # the one before is done with
+                yield memoryview(buffer)
+
+        place.put("x", pieces())
+        place.put("empty", iter(()))
+        assert (place.read("x"), place.read("empty")) == (b"abcd", b"")
+
+    def test_a_folder_goes_with_the_last_file_that_is_retired(self, place: Place) -> None:
+        place.make("run")
+        for folder in ("a", "b"):
+            place.make(folder)
+            place.put(f"{folder}/config.json", b"{}")
+        place.put("b/mine", b"")
+        place.retire(["a/config.json", "b/config.json", "c/none"], "run/retired", lambda: None)
+        assert [e.name for e in place.list()] == ["b", "run"]
+        assert [e.name for e in place.list("b")] == ["mine"]
 
     def test_appends_add_to_the_end(self, place: Place) -> None:
         place.append("journal", b"one\n")

@@ -143,11 +143,12 @@ PLACE = "ties_dist.storage.local_place"
 PUBLISH = [
     (NAMES, 1),
     (f"{PLACE}:LocalPlace.retire", 1),
-    (f"{NAMES} > {PLACE}:write_durably", 1),  # the manifest
+    (f"{NAMES} > {PLACE}:write_durably", 1),  # companions, not under their names yet
     (f"{NAMES} > {PLACE}:write_durably", 3),
     (f"{NAMES} > pathlib:Path.replace", 1),
     (f"{NAMES} > pathlib:Path.replace", 3),
-    (f"{NAMES} > {PLACE}:sync_folder", 2),  # the shards have their names, the index is missing
+    (f"{NAMES} > {PLACE}:sync_folder", 2),  # the manifest has its name
+    (f"{NAMES} > {PLACE}:sync_folder", 4),  # the shards have their names, the index is missing
 ]
 
 
@@ -184,7 +185,8 @@ def test_killed_while_publishing(over: str, call: str, number: int, merges: Merg
     merges.killed(call, number, *options)
     # Over an older model the first move is that of its index, out of the way.
     first_move = call.endswith("Path.replace") and number == 1
-    began = call not in (NAMES, f"{PLACE}:LocalPlace.retire") and not first_move
+    before = (NAMES, f"{PLACE}:LocalPlace.retire", f"{NAMES} > {PLACE}:write_durably")
+    began = call not in before and not first_move
     assert standing(merges.out, merges.job.versions) == (None if began or not options else "old")
     assert journals_of(merges.run).publishing
     report = merges.finished(*options)

@@ -40,6 +40,7 @@ MAY_IMPORT = {
         *("api.py", "in_memory.py", "sweeping", "planning/options.py", "planning/keywords.py"),  # take users' paths
         *(
             "inputs/opening.py",
+            "inputs/companions.py",
             "planning/prepare.py",
             "checkpoints/catalogue.py",
             "checkpoints/elsewhere.py",

@@ -27,6 +27,7 @@ from ties_dist.recipe.references import ADAPTER_CONFIG as CONFIG
 from ties_dist.recipe.references import ADAPTER_WEIGHTS as WEIGHTS
 from ties_dist.recipe.values import FLOAT32_MAX
 from ties_dist.storage.base import Reader
+from ties_dist.storage.links import followed
 
 PREFIX = "base_model.model."
 _PART = re.compile(
@@ -91,7 +92,7 @@ def read_adapter(path: Path, name: str, reader: Callable[[Path], Reader]) -> Ada
     """Raises CheckpointError with all that is wrong with the folder by itself."""
     problems: list[str] = []
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = json.loads(followed(path, CONFIG).read_text())
         kind = config["peft_type"] if isinstance(config, dict) else None
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"adapter '{name}' ({path}): {CONFIG} cannot be read: {error}") from error
@@ -107,6 +108,10 @@ def read_adapter(path: Path, name: str, reader: Callable[[Path], Reader]) -> Ada
     if not (path / WEIGHTS).is_file():
         other = "adapter_model.bin" if (path / "adapter_model.bin").is_file() else "no weights"
         problems.append(f"{WEIGHTS}: missing (found {other}): save the adapter with safetensors")
+    try:
+        followed(path, WEIGHTS)
+    except CheckpointError as error:
+        problems.append(str(error))
     if problems:
         raise CheckpointError(listing(f"adapter '{name}' ({path}) cannot be used:", problems))
     weights = open_checkpoint(path / WEIGHTS, name=name, reader=reader)

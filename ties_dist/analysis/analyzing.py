@@ -80,7 +80,7 @@ def analyze(
     """
     began, common = time.monotonic(), RunOptions(**options)
     folder = None if out is None else _usable(Path(out))
-    job = prepare(as_source(recipe), common)
+    job = prepare(as_source(recipe), common, publishes=False)
     chosen = _density(job, density)
     if told is not None:
         told(job.notes)

@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Final
 
 from xxhash import xxh3_128_hexdigest
 
-from ties_dist.checkpoints.elsewhere import CONVERT, QUANTISED_FILE, instead, lost_links, some
+from ties_dist.checkpoints.elsewhere import CONVERT, OTHER_WEIGHTS, QUANTISED_FILE, instead, lost_links, some
 from ties_dist.checkpoints.forms.known import parameters_of
 from ties_dist.checkpoints.header import AGAIN, LENGTH_BYTES, TensorEntry, collector, parse_header
+from ties_dist.checkpoints.modules import MODULES, Below, module_folders
 from ties_dist.checkpoints.parameters import OpenFiles, Parameter
 from ties_dist.errors import CheckpointError
 from ties_dist.messages import brief, listing, show
 from ties_dist.storage.base import Reader
+from ties_dist.storage.place import is_plain
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The library's limit for a header; ours for an index and a config.json too."""
@@ -52,7 +54,9 @@ class Checkpoint:
     name: the model's short name, for messages. files: by file name, `shards` is their order. tensors: what they store;
     parameters: what that is of the model, and how it is read. config: config.json, None where there is none (a single
     file never has one). metadata: `__metadata__` of the shards, the first shard wins. index_file: the index that was
-    read, None where one file holds everything. notes: things to say, not errors.
+    read, None where one file holds everything. notes: things to say, not errors. modules: of a sentence-transformers
+    model the folders of its modules, in order ('' is the model's own). Weights of the first are called as they are
+    stored, those of another one behind its folder: `2_Dense/linear.weight`.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Checkpoint:
     index_file: str | None
     index_metadata: Mapping[str, object]
     notes: tuple[str, ...]
+    modules: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -99,25 +104,26 @@ def open_checkpoint(path: Path, *, name: str, reader: Callable[[Path], Reader]) 
     """
     if path.is_dir():
         catalogue = _Catalogue(reader(path), path)
-        try:
-            names = catalogue.reader.names()
-        except OSError as error:
-            raise CheckpointError(f"checkpoint '{name}': {path} cannot be listed: {error}") from error
-        catalogue.choose(names)
-        if "config.json" in names:
-            catalogue.read_config()
+        catalogue.read_folder(_names(catalogue.reader, path, name), lambda folder: reader(path / folder))
     elif path.is_file():
         catalogue = _Catalogue(reader(path.parent), path.parent)
         catalogue.choose_file(path.name)
+        catalogue.read_shards()
     else:
         raise CheckpointError(f"checkpoint '{name}': {path} is neither a directory nor a file.")
-    catalogue.read_shards()
     catalogue.read_parameters()
     if catalogue.problems:
         count = len(catalogue.problems)
         title = f"checkpoint '{name}' ({path}) has {'a problem' if count == 1 else f'{count} problems'}:"
         raise CheckpointError(listing(title, catalogue.problems))
     return catalogue.finish(name)
+
+
+def _names(reader: Reader, path: Path, name: str) -> Sequence[str]:
+    try:
+        return reader.names()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint '{name}': {path} cannot be listed: {error}") from error
 
 
 class _Catalogue:
@@ -137,6 +143,60 @@ class _Catalogue:
         self.parameters: dict[str, Parameter] = {}
         self.metadata: dict[str, str] = {}
         self.places: dict[str, list[str]] = {}  # tensor -> every shard that stores it
+        self.modules: tuple[str, ...] = ()
+
+    def read_folder(self, names: Sequence[str], below: Callable[[str], Reader]) -> None:
+        """A model's folder, with those of its modules. below: opens a folder in it."""
+        if MODULES in names:
+            self.modules = module_folders(self._read_value, self.problems)
+        first, *others = self.modules or ("",)
+        if first and not _weights_in(names):
+            self._read_module(first, below, lead="")
+        else:
+            others = [folder for folder in self.modules if folder]
+            self.choose(names)
+            if "config.json" in names:
+                self.read_config()
+            self.read_shards()
+        for folder in others:
+            self._read_module(folder, below, lead=f"{folder}/")
+        if self.modules and not self.shards and not self.problems:
+            self.problems.append(f"no .safetensors file in any folder that {MODULES} names.")
+
+    def _read_module(self, folder: str, below: Callable[[str], Reader], *, lead: str) -> None:
+        """What a module's folder adds: often no weights. One without files is missing in repositories.
+
+        lead: what its tensors' names begin with.
+        """
+        part = _Catalogue(Below(self.reader, folder, below(folder)), self.folder / folder)
+        try:
+            names = part.reader.names()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            self.problems.append(f"{folder}: cannot be listed: {error}")
+            return
+        if not lead and "config.json" in names:
+            part.read_config()
+            self.config = part.config
+        if _weights_in(names):
+            part.choose(names)
+            part.read_shards()
+        self._take(part, folder, lead)
+
+    def _take(self, part: _Catalogue, folder: str, lead: str) -> None:
+        """What was found in a folder, under names that hold for the whole model."""
+        if twice := self.tensors.keys() & {f"{lead}{name}" for name in part.tensors}:
+            self.problems.append(f"{folder}: {some(sorted(twice))} is stored twice.")
+        self.tensors |= {
+            f"{lead}{name}": replace(entry, name=f"{lead}{name}", file=f"{folder}/{entry.file}")
+            for name, entry in part.tensors.items()
+        }
+        self.shards += tuple(f"{folder}/{shard}" for shard in part.shards)
+        self.files |= {f"{folder}/{file}": header for file, header in part.files.items()}
+        self.metadata = {**part.metadata, **self.metadata}
+        self.problems += [f"{folder}: {problem}" for problem in part.problems]
+        self.notes += [f"{folder}: {note}" for note in part.notes]
 
     # -- which files --------------------------------------------------------------------------------------------------
 
@@ -202,7 +262,7 @@ class _Catalogue:
             return
         # A name that leaves the directory would let a downloaded index read any file of the machine.
         shards = sorted(set(weight_map.values()))
-        plain = [shard for shard in shards if _is_plain(shard)]
+        plain = [shard for shard in shards if is_plain(shard) and shard.endswith(_SUFFIX)]
         for shard in sorted(set(shards) - set(plain)):
             self.problems.append(f"{file}: {shard!r} is not the plain name of a .safetensors file in this directory.")
         self.weight_map = weight_map
@@ -233,6 +293,11 @@ class _Catalogue:
                 unread.discard(shard)
         # One unread shard would make every tensor in it look lost.
         self._compare_with_index(readable=set(self.shards) - unread)
+        # Shared tensors and old writers make total_size wrong in the wild; no loader depends on it.
+        held = sum(entry.nbytes for entry in self.tensors.values())
+        said = self.index_metadata.get("total_size", held)
+        if said != held and not self.problems:
+            self.notes.append(f"{self.index_file} says total_size {brief(said)}, the shards hold {held}")
 
     def read_parameters(self) -> None:
         if not self.problems:
@@ -294,8 +359,25 @@ class _Catalogue:
         finally:
             span.release()
 
+    def _read_value(self, file: str) -> object:
+        """The value of a JSON file; None where there is no such file."""
+        try:
+            self.reader.size(file)
+        except OSError:
+            return None
+        return self._read_any_json(file, unique_keys=False)
+
     def _read_json(self, file: str, *, unique_keys: bool) -> dict[str, object] | None:
         """A companion's JSON object; None, and a problem, where it is not one."""
+        before, value = len(self.problems), self._read_any_json(file, unique_keys=unique_keys)
+        if isinstance(value, dict):
+            return value
+        if len(self.problems) == before:
+            self.problems.append(f"{file}: must be a JSON object, found {brief(value)}.")
+        return None
+
+    def _read_any_json(self, file: str, *, unique_keys: bool) -> object:
+        """None, and a problem, where it is not JSON."""
         repeated: list[str] = []
         try:
             size = self.reader.size(file)
@@ -303,7 +385,7 @@ class _Catalogue:
                 self.problems.append(f"{file}: {size:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed.")
                 return None
             raw = self._read(file, 0, size)
-            value = json.loads(raw.decode(), object_pairs_hook=collector(repeated) if unique_keys else None)
+            value: object = json.loads(raw.decode(), object_pairs_hook=collector(repeated) if unique_keys else None)
         except (OSError, CheckpointError) as error:
             self.problems.append(f"{file}: cannot be read: {error}")
             return None
@@ -311,18 +393,10 @@ class _Catalogue:
             self.problems.append(f"{file}: not valid JSON: {error}")
             return None
         self.problems += [f"{file}: key {show(key)} appears twice." for key in repeated]
-        if not isinstance(value, dict):
-            self.problems.append(f"{file}: must be a JSON object, found {brief(value)}.")
-            return None
         return value
 
     def finish(self, name: str) -> Checkpoint:
         """The catalogue, once nothing is wrong with it."""
-        # Shared tensors and old writers make total_size wrong in the wild; no loader depends on it.
-        held = sum(entry.nbytes for entry in self.tensors.values())
-        said = self.index_metadata.get("total_size", held)
-        if said != held:
-            self.notes.append(f"{self.index_file} says total_size {brief(said)}, the shards hold {held}")
         return Checkpoint(
             name=name,
             opened=OpenFiles((self.reader,)),
@@ -335,13 +409,12 @@ class _Catalogue:
             index_file=self.index_file,
             index_metadata=self.index_metadata,
             notes=tuple(f"'{name}': {note}" for note in self.notes),
+            modules=self.modules,
         )
 
 
 # -- words for messages -----------------------------------------------------------------------------------------------
 
 
-def _is_plain(file: str) -> bool:
-    """A file name of this directory on any operating system: no separators, drives, dots alone, control characters."""
-    inside = PurePosixPath(file).name == file == PureWindowsPath(file).name
-    return inside and file.isprintable() and file.endswith(_SUFFIX)
+def _weights_in(names: Iterable[str]) -> bool:
+    return any(name.endswith((_SUFFIX, _INDEX_SUFFIX, ".gguf", *OTHER_WEIGHTS)) for name in names)

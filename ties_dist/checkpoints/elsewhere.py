@@ -12,7 +12,7 @@ from typing import Final
 
 from ties_dist.messages import show
 
-_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
+OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 _HUB_FOLDER: Final = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([^/]+)")
 """Of the hub's cache: files are links into `blobs`, which is filled and emptied file by file."""
 
@@ -38,7 +38,7 @@ def instead(folder: Path, names: Sequence[str]) -> str:
         return f"is no model itself, {parts} ({some(below)}). Name the one that is meant: '{folder.name}/{below[0]}'."
     if gguf := [name for name in names if name.endswith(".gguf")]:
         return f"{some(gguf)}: {QUANTISED_FILE}"
-    if other := [name for name in names if name.endswith(_OTHER_WEIGHTS)]:
+    if other := [name for name in names if name.endswith(OTHER_WEIGHTS)]:
         return f"{some(other)}: {CONVERT}"
     return f"no .safetensors file among {len(names)} files."
 

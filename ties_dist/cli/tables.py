@@ -201,6 +201,7 @@ def plan_table(report: PlanReport) -> None:
         "tensors": f"{report.tensors:,}, of which {report.merged_tensors:,} are merged",
         "elements (d)": f"{report.elements:,}" + _conditions(report),
         "output": f"{report.shards} shard{'s' * (report.shards != 1)}, {readable(report.write_bytes)}",
+        "beside it": f"{len(report.companions)} files of the base, {readable(sum(report.companions.values()))}",
         "units": f"{report.units:,} of {readable(report.unit_bytes)}, {report.threads} threads",
         "reads of the inputs": f"{best} ({reads[0]})"
         if best == worst

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ class PlanReport:
 
     unproven: each `A is B`; elements and what follows from them hold if it is so, which a merge finds out by reading
     proof_bytes. The fingerprint is None until then.
+    companions: files of the base that go beside the weights, with their sizes in bytes.
     """
 
     method: str
@@ -51,6 +53,7 @@ class PlanReport:
     projected_bytes: int
     memory_budget: int
     threads: int
+    companions: Mapping[str, int]
     disk_needed_bytes: int
     disk_free_bytes: int | None
     out_holds: str | None
@@ -81,7 +84,10 @@ def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
         projected_bytes=chosen.projected_bytes,
         memory_budget=chosen.memory_budget,
         threads=chosen.threads,
-        disk_needed_bytes=chosen.layout.total_bytes + sum(m.nbytes for m in chosen.matrices.values()),
+        companions=job.copied.sizes,
+        disk_needed_bytes=chosen.layout.total_bytes
+        + sum(m.nbytes for m in chosen.matrices.values())
+        + job.copied.nbytes,
         disk_free_bytes=None if out is None else out.free(),
         out_holds=None if out is None else _holds(out, chosen),
         fingerprint=None if job.unproven else chosen.fingerprint,

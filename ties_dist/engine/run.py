@@ -17,10 +17,10 @@ from ties_dist.engine.passes import Passes
 from ties_dist.engine.reporting import describe
 from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError
 from ties_dist.executors.base import Executor
-from ties_dist.inputs.opening import files_beside, stamp_inputs
+from ties_dist.inputs.opening import stamp_inputs
 from ties_dist.messages import listing
 from ties_dist.output.card import model_card
-from ties_dist.output.companions import COMPANIONS, companion_files
+from ties_dist.output.companions import companion_files
 from ties_dist.output.folder import OutFolder
 from ties_dist.output.holder import Holder
 from ties_dist.output.journal import Journal, Record, read_journals
@@ -200,8 +200,7 @@ def publish(run: Run, passes: Passes, began: float) -> MergeReport:
     for remark in passes.remarks:
         logger.info("%s", remark)
     report = _report(job, passes, blocks, time.monotonic() - began)
-    beside = files_beside(job.base_path, COMPANIONS)
-    companions = companion_files(beside, job.recipe, model_card(job.recipe, report), job.companions)
+    companions = companion_files(job.copied, job.recipe, model_card(job.recipe, report), job.companions)
     origin = Origin(
         models={m.text: tuple(m.relative_to(str(run.folder.place))) for m in models_of(job.recipe)},
         max_shard_bytes=job.options.max_shard_size,

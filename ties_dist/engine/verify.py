@@ -152,7 +152,8 @@ def _check_sample(
             f"{SEMANTICS_VERSION}): the same recipe may give other bytes."
         )
     origin = manifest.origin
-    job = prepare(_recipe(out, origin.models), replace(options, max_shard_size=origin.max_shard_bytes))
+    as_then = replace(options, max_shard_size=origin.max_shard_bytes)
+    job = prepare(_recipe(out, origin.models), as_then, publishes=False)
     if job.plan.fingerprint != manifest.fingerprint:
         raise CheckpointError(f"the inputs of {out} are not what they were when it was merged.")
     units = list(job.plan.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -153,17 +152,13 @@ def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
     stamps = {}
     for model in models:
         for file in files_of(model):
-            stamps[f"{model.name}/{file.name}"] = (-1, -1)
+            folder = Path(model.path)
+            name = f"{model.name}/{file.relative_to(folder) if folder in file.parents else file.name}"
+            stamps[name] = (-1, -1)
             with suppress(OSError):
                 found = file.stat()
-                stamps[f"{model.name}/{file.name}"] = (found.st_size, found.st_mtime_ns)
+                stamps[name] = (found.st_size, found.st_mtime_ns)
     return stamps
-
-
-def files_beside(path: Path, pattern: str) -> dict[str, bytes]:
-    """Small files of a model's folder, by name: those whose whole name a pattern fits. None of a single file."""
-    found = path.iterdir() if path.is_dir() else ()
-    return {p.name: p.read_bytes() for p in found if p.is_file() and re.fullmatch(pattern, p.name)}
 
 
 def files_of(model: Input) -> list[Path]:

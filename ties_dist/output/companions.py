@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 
+from ties_dist.inputs.companions import Companions
 from ties_dist.inputs.configs import untied
 from ties_dist.recipe.recipe import Recipe
 
 CARD = "README.md"
 RECIPE_COPY = "ties_dist_recipe.yml"
-COMPANIONS = (
-    r"config\.json|generation_config\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|"
-    r".*\.tiktoken|sentencepiece.*|spiece\.model|chat_template.*|.*preprocessor_config\.json|processor_config\.json|"
-    r".*\.py|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
-)
-"""Names of files copied from the base beside the weights, where it has them."""
+
+Content = bytes | Callable[[], Iterator[memoryview]]
+"""Of a file: at once, or in pieces."""
 
 
-def companion_files(
-    found: Mapping[str, bytes], recipe: Recipe, card: str, made: Mapping[str, bytes]
-) -> dict[str, bytes]:
-    """What stands beside the weights. found: the base's `COMPANIONS`; made: others that the merge made."""
-    files = {name: found[name] for name in sorted(found)}
-    if recipe.output_dtype is not None and "config.json" in files:
-        files["config.json"] = with_dtype(files["config.json"], recipe.output_dtype)
-    if recipe.options.tie_word_embeddings is False and "config.json" in files:
-        files["config.json"] = with_untied(files["config.json"])
+def companion_files(copied: Companions, recipe: Recipe, card: str, made: Mapping[str, bytes]) -> dict[str, Content]:
+    """What stands beside the weights. copied: of the base; made: others that the merge made."""
+    files: dict[str, Content] = {name: partial(copied.pieces, name) for name in copied.sizes}
+    for name in files:
+        if name.rpartition("/")[2] == "config.json":
+            config = copied.read(name)
+            if recipe.output_dtype is not None:
+                config = with_dtype(config, recipe.output_dtype)
+            if recipe.options.tie_word_embeddings is False and name == copied.config:
+                config = with_untied(config)
+            files[name] = config
     note = "# The resolved recipe. Model paths are as they were written: relative to the folder of the original.\n"
     files[RECIPE_COPY] = (note + recipe.to_yaml()).encode()
     files[CARD] = card.encode()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import json
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ties_dist.errors import OutputError
-from ties_dist.output.companions import CARD, COMPANIONS, RECIPE_COPY
 from ties_dist.output.documents import load_document
 from ties_dist.output.lock import STATE
 from ties_dist.output.manifest import Manifest
 from ties_dist.output.report import MergeReport
-from ties_dist.planning.layout import INDEX_NAME, OutputShard
+from ties_dist.planning.layout import INDEX_NAME, Layout, OutputShard, folder_of
 from ties_dist.recipe.references import ADAPTER_CONFIG
-from ties_dist.storage.place import Check, Place, partial_name
+from ties_dist.storage.place import Check, Place, is_inside, is_plain, partial_name
 
 MANIFEST, REPORT = f"{STATE}/manifest.json", f"{STATE}/report.json"
 BEGUN = "plan.json"
@@ -47,17 +46,21 @@ class OutFolder:
     def partial(self, shard: str) -> str:
         return f"{self.parts}/{partial_name(shard)}"
 
+    def apart(self, what: str) -> str:
+        """Name of a new folder that this driver alone knows."""
+        return f"{self.run}/{what}-{uuid.uuid4().hex}"
+
     def retire(self, names: Sequence[str], check: Check) -> None:
-        """Remove files of an old model, through a folder that this driver alone knows."""
-        self.place.retire(names, f"{self.run}/retired-{uuid.uuid4().hex}", check)
+        """Remove files of an old model."""
+        self.place.retire(names, self.apart("retired"), check)
 
     def fence(self) -> None:
-        """Remove such folders of earlier drivers. One that was stopped inside a move, and goes on, then moves nothing.
+        """Remove folders `apart` of earlier drivers. One that was stopped inside a move, and goes on, moves nothing.
 
         Raises OutputError.
         """
         for entry in self.place.list(self.run):
-            if entry.name.startswith("retired-"):
+            if entry.name.startswith(("retired-", "staged-")):
                 self.place.clear(f"{self.run}/{entry.name}")
 
     def discard(self, run: str | None = None) -> None:
@@ -97,14 +100,12 @@ class OutFolder:
             report = load_document(self.place, REPORT, MergeReport)
         if report is None or manifest is None or manifest.fingerprint != report.fingerprint:
             return None
-        sizes = self._sizes()
-        whole = all(sizes.get(name) == shard.size for name, shard in manifest.shards.items())
-        indexed = len(manifest.shards) == 1 or INDEX_NAME in sizes
-        return report if whole and indexed and companions_of(manifest) <= sizes.keys() else None
+        whole = all(self.place.size(name) == shard.size for name, shard in manifest.shards.items())
+        return report if whole and not self._lost(manifest, [*_indexes(manifest), *manifest.companions]) else None
 
-    def _sizes(self) -> dict[str, int]:
-        """Of the files beside the state."""
-        return {entry.name: entry.size for entry in self.place.list() if entry.size is not None}
+    def _lost(self, manifest: Manifest, names: Sequence[str]) -> list[str]:
+        """Those of a model's files that are not there."""
+        return sorted(name for name in names if not is_inside(name) or self.place.size(name) is None)
 
     def lacks_files(self) -> bool:
         """Whether all model files here are whole ones of this merge, so that merging again harms nothing."""
@@ -112,13 +113,17 @@ class OutFolder:
         if manifest is None or manifest.fingerprint != self.fingerprint:
             return False
         sizes = {name: shard.size for name, shard in manifest.shards.items()}
-        return all(
-            e.size is not None and sizes.get(e.name) == e.size for e in self.place.list() if e.name.endswith(WEIGHTS)
-        )
+        found = self._listed({"", *map(folder_of, sizes)})
+        return all(sizes.get(name) == size for name, size in found.items() if name.endswith(WEIGHTS))
+
+    def _listed(self, folders: Collection[str]) -> dict[str, int | None]:
+        """Names and sizes of what lies in folders of OUT, each given with a slash at its end."""
+        return {f"{at}{e.name}": e.size for at in sorted(folders) for e in self.place.list(at.rstrip("/"))}
 
     def lost_companions(self) -> list[str]:
         """Files that the model here was published with, and without which it may not load."""
-        return sorted(companions_of(self.manifest()) - self._sizes().keys())
+        manifest = self.manifest()
+        return [] if manifest is None else self._lost(manifest, manifest.companions)
 
     def holds(self) -> str:
         """What stands here, in words."""
@@ -141,9 +146,39 @@ class OutFolder:
 
         keep: shards of the new one that have theirs. companions: files that it brings along, and replaces.
         """
-        found = [entry.name for entry in self.place.list()]
-        shards = [name for name in found if name.endswith((WEIGHTS, f"{WEIGHTS}.index.json")) and name not in keep]
-        return list(dict.fromkeys([INDEX_NAME, *shards, *sorted(companions_of(self.manifest()) - set(companions))]))
+        return [name for name in self._own() if name not in keep and name not in companions]
+
+    def _own(self) -> list[str]:
+        """Files of the model that stands here, whole or not: what its manifest and its index name, and nothing else."""
+        manifest = self.manifest()
+        shards = list(manifest.shards) if manifest is not None else []
+        indexes = [f"{at}{INDEX_NAME}" for at in sorted({"", *map(folder_of, shards)})]
+        indexed = [name for index in indexes for name in self._indexed(index)]
+        companions = sorted(manifest.companions) if manifest is not None else []
+        return [n for n in dict.fromkeys([*indexes, *shards, *indexed, *companions]) if _is_removable(n)]
+
+    def _indexed(self, index: str) -> Iterator[str]:
+        """Shards that an index names, in its own folder."""
+        with suppress(OutputError, ValueError, RecursionError):
+            found = json.loads(self.place.read(index) or b"{}")
+            named = found.get("weight_map") if isinstance(found, Mapping) else None
+            files = {str(file) for file in named.values()} if isinstance(named, Mapping) else set()
+            yield from (f"{folder_of(index)}{file}" for file in sorted(files) if is_plain(file))
+
+    def check_strays(self, layout: Layout) -> None:
+        """Raises OutputError where weights lie here of no merge of ours, which loaders would read beside the result.
+
+        Nothing removes them: whoever put them there may have them nowhere else.
+        """
+        named = {shard.name for shard in layout.shards}
+        ours = {*self._own(), *named, *layout.indexes}
+        found = self._listed({"", *map(folder_of, named)})
+        strays = [n for n, size in found.items() if size is not None and n not in ours and _is_loaded(n)]
+        if strays:
+            raise OutputError(
+                f"OUT {self.place} holds {', '.join(strays)}, of no merge of ties_dist, and loaders would read that "
+                "beside the result. Move it away, or choose another OUT."
+            )
 
     def part(self, shard: OutputShard, *, publishing: bool) -> str | None:
         """Where a shard's bytes are, if they are there at its full size: its partial file, or its final one.
@@ -161,8 +196,17 @@ class OutFolder:
         return part if self.place.reads_parts or part == shard.name else None
 
 
-def companions_of(manifest: Manifest | None) -> set[str]:
-    """Files that a model brought along. Nothing but the names that we give is believed."""
-    ours = "|".join((COMPANIONS, *map(re.escape, (CARD, RECIPE_COPY, ADAPTER_CONFIG))))
-    listed = manifest.companions if manifest is not None else ()
-    return {name for name in listed if "/" not in name and re.fullmatch(ours, name)}
+def _indexes(manifest: Manifest) -> list[str]:
+    """Index files of a model: in each folder that has several of its shards."""
+    folders = [folder_of(name) for name in manifest.shards]
+    return [f"{folder}{INDEX_NAME}" for folder in sorted(set(folders)) if folders.count(folder) > 1]
+
+
+def _is_removable(name: str) -> bool:
+    """Whether a name that was read from a file is one in OUT, and not in our own folder."""
+    return is_inside(name) and name.partition("/")[0] != STATE
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether loaders take a file for weights: transformers has an order, others read all that there are."""
+    return name.endswith((WEIGHTS, f"{WEIGHTS}.index.json")) or name == ADAPTER_CONFIG

@@ -44,6 +44,7 @@ def claim(out: OutFolder, job: Job) -> MergeReport | None:
         return replace(done, already_done=True)
     if (others := out.other_runs()) and not fresh:
         raise _unfinished(out, job, others[0])
+    out.check_strays(job.plan.layout)
     what = "the finished model of another merge (other recipe, inputs or --max-shard-size)"
     strange = out.holds_model() and not out.is_begun() and not out.lacks_files()
     if not overwrite and (done is not None or strange):
@@ -127,7 +128,7 @@ def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) ->
 
 def check_space(out: OutFolder, job: Job, *, publishing: bool) -> None:
     """Raises PlanError where the disk has no room for what is still to be written. publishing: see `OutFolder.part`."""
-    needed = job.plan.layout.total_bytes + sum(m.nbytes for m in job.plan.matrices.values())
+    needed = job.plan.layout.total_bytes + sum(m.nbytes for m in job.plan.matrices.values()) + job.copied.nbytes
     used = {f"{out.parts}/{e.name}": e.used for e in out.place.list(out.parts)}
     used |= {e.name: e.used for e in out.place.list()}
     parts = (out.resumable(shard, publishing=publishing) for shard in job.plan.layout.shards)

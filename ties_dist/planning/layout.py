@@ -25,7 +25,10 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A tensor to be written. source: the input tensor it is made from (an alias's is the embedding's)."""
+    """A tensor to be written. source: the input tensor it is made from (an alias's is the embedding's).
+
+    name: of the parameter; in its file it is called as `stored_name` says.
+    """
 
     name: str
     dtype: str
@@ -115,15 +118,32 @@ class Layout:
     def total_bytes(self) -> int:
         return sum(shard.size for shard in self.shards)
 
-    @property
-    def index(self) -> str | None:
-        """The index file's text; None for a single shard, which has none."""
-        if len(self.shards) == 1:
-            return None
-        weight_map = {t.name: shard.name for shard in self.shards for t in shard.tensors}
-        total = sum(t.nbytes for shard in self.shards for t in shard.tensors)
-        document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        return json.dumps(document, indent=2) + "\n"
+    @cached_property
+    def indexes(self) -> Mapping[str, str]:
+        """Texts of the index files by name: one for each folder with several shards."""
+        folders: dict[str, list[OutputShard]] = {}
+        for shard in self.shards:
+            folders.setdefault(folder_of(shard.name), []).append(shard)
+        return {f"{folder}{INDEX_NAME}": _index(found) for folder, found in folders.items() if len(found) > 1}
+
+
+def folder_of(file: str) -> str:
+    """What a file's name has before its last part: empty, or with a slash at its end."""
+    return file[: file.rfind("/") + 1]
+
+
+def stored_name(tensor: str, file: str) -> str:
+    """What a parameter is called in its file: weights of a module in a folder are named behind that in the model."""
+    return tensor.removeprefix(folder_of(file))
+
+
+def _index(shards: Sequence[OutputShard]) -> str:
+    weight_map = {
+        stored_name(t.name, s.name): s.name.removeprefix(folder_of(s.name)) for s in shards for t in s.tensors
+    }
+    total = sum(t.nbytes for shard in shards for t in shard.tensors)
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(document, indent=2) + "\n"
 
 
 def lay_out(
@@ -135,33 +155,44 @@ def lay_out(
 ) -> Layout:
     """Assign tensors to shards: as the base has them, or greedily by name up to `max_shard_bytes` of tensor data.
 
-    tensors: sorted by name. shard_of: the base's file for each tensor. A tensor larger than the limit gets a shard
-    of its own. File names are the base's where they are usable, else `model-00001-of-0000N.safetensors`; `single` is
-    the name of an only shard.
+    tensors: sorted by name. shard_of: the base's file for each tensor, whose folder it stays in. A tensor larger than
+    the limit gets a shard of its own. File names are the base's where they are usable, else
+    `model-00001-of-0000N.safetensors`; `single` is the name of an only shard.
     """
-    groups: list[list[TensorSpec]] = []
-    names: list[str] = []
+    folders: dict[str, list[TensorSpec]] = {}
+    for tensor in tensors:
+        folders.setdefault(folder_of(shard_of[tensor.name]), []).append(tensor)
+    shards: list[OutputShard] = []
+    for folder, inside in sorted(folders.items()) or [("", [])]:
+        names, groups = _grouped(inside, shard_of, max_shard_bytes)
+        count = len(groups)
+        if count == 1:
+            names = [single]
+        elif not _numbered(names, count):
+            names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        shards += [_shard(f"{folder}{name}", group) for name, group in zip(names, groups, strict=True)]
+    return Layout(shards=tuple(shards))
+
+
+def _grouped(
+    tensors: Sequence[TensorSpec], shard_of: Mapping[str, str], max_shard_bytes: int | None
+) -> tuple[list[str], list[list[TensorSpec]]]:
+    """The tensors of one folder by shard, and the names that the base has for these."""
     if max_shard_bytes is None:
-        files = sorted({shard_of[t.name] for t in tensors}) or [SINGLE_NAME]
-        groups = [[] for _ in files]
-        place = {file: i for i, file in enumerate(files)}
+        files = sorted({shard_of[t.name] for t in tensors})
+        by_file: dict[str, list[TensorSpec]] = {file: [] for file in files}
         for tensor in tensors:
-            groups[place[shard_of[tensor.name]]].append(tensor)
-        names = files
-    else:
-        groups, room = [[]], max_shard_bytes
-        for tensor in tensors:
-            if groups[-1] and tensor.nbytes > room:
-                groups.append([])
-                room = max_shard_bytes
-            groups[-1].append(tensor)
-            room -= tensor.nbytes
-    count = len(groups)
-    if count == 1:
-        names = [single]
-    elif not _numbered(names, count):
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return Layout(shards=tuple(_shard(name, group) for name, group in zip(names, groups, strict=True)))
+            by_file[shard_of[tensor.name]].append(tensor)
+        return [file.removeprefix(folder_of(file)) for file in files], list(by_file.values()) or [[]]
+    groups: list[list[TensorSpec]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    return [], groups
 
 
 def _numbered(names: Sequence[str], count: int) -> bool:
@@ -174,7 +205,7 @@ def _shard(name: str, tensors: Sequence[TensorSpec]) -> OutputShard:
     offsets, position = [], 0
     for tensor in ordered:
         offsets.append(position)
-        document[tensor.name] = {
+        document[stored_name(tensor.name, name)] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [position, position + tensor.nbytes],

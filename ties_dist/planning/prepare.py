@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.dtypes import HEADER_DTYPES
 from ties_dist.errors import CheckpointError, RecipeError
 from ties_dist.inputs.aliases import Aliases, find_aliases
+from ties_dist.inputs.companions import Companions, find_companions
 from ties_dist.inputs.congruence import MergeSet, compare, compare_bytes
 from ties_dist.inputs.equality import Equality, Unproven
 from ties_dist.inputs.opening import contents_of, open_all, stamp_inputs
@@ -47,6 +48,8 @@ class Job:
     resources: Resources
     companions: Mapping[str, bytes] = field(default_factory=dict)
     """Files of the output that are made, not copied."""
+    copied: Companions = field(default_factory=Companions)
+    """Files of the base that go beside the merged weights."""
     unproven: tuple[Unproven, ...] = ()
     """What the plan takes for one parameter after a look at some pages; empty where it was all compared."""
 
@@ -64,11 +67,13 @@ def prepare(
     root: Path | None = None,
     fetch: Callable[[Location], Path] = fetch,
     prove: bool = True,
+    publishes: bool = True,
 ) -> Job:
     """Read a recipe and all headers. root: see `load_recipe`. fetch: finds a model.
 
     resources: of the worker processes, where the options alone do not say them. prove: whether what looks like one
-    parameter under two names is compared byte by byte.
+    parameter under two names is compared byte by byte. publishes: whether there will be an output, in which files stand
+    beside the weights.
     Raises RecipeError, CheckpointError, PlanError.
     """
     options = options or RunOptions()
@@ -79,7 +84,22 @@ def prepare(
     opened, identities = open_all(references, options.read_backend)
     kept = Answers(options.cache / FOLDER)
     equality = Equality(kept=kept, contents=contents_of(references, identities), proves=prove)
-    return assemble(chosen, opened, identities, options, resources, equality)
+    job = assemble(chosen, opened, identities, options, resources, equality)
+    copied = _copied(chosen, opened) if publishes else Companions()
+    return replace(job, copied=copied, notes=(*job.notes, *copied.notes))
+
+
+def _copied(recipe: Recipe, opened: Sequence[Checkpoint]) -> Companions:
+    """What stands beside the base, or, where adapters become an adapter, beside the first of these."""
+    is_model = recipe.options.output == "model"
+    models, place = models_of(recipe), 0 if is_model else 1
+    return find_companions(
+        models[place].path,
+        name=models[place].name,
+        modules=opened[place].modules,
+        listed=recipe.options.companions,
+        is_model=is_model,
+    )
 
 
 def _allow_many_files() -> None:

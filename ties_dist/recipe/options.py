@@ -37,6 +37,8 @@ class Options(BaseModel):
     non_float: Literal["error", "base"] = "error"
     output: Literal["model", "adapter"] = "model"
     gram: Literal["mean", "sum"] = "mean"
+    companions: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Files of the base that go beside the merged weights, too; not in the fingerprint."""
     tie_word_embeddings: Literal["as stored", False] = "as stored"
     """false: the output head is a parameter of its own, though the base ties it to the embedding."""
 
@@ -46,7 +48,9 @@ class Options(BaseModel):
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
 
-COMMON_OPTIONS = frozenset(("semantics", "exclude", "vocab", "non_float", "output", "tie_word_embeddings"))
+COMMON_OPTIONS = frozenset(
+    ("semantics", "exclude", "vocab", "non_float", "output", "companions", "tie_word_embeddings")
+)
 """Those that every method understands."""
 
 PRESETS: Mapping[Semantics, Mapping[str, object]] = {
@@ -80,8 +84,9 @@ def complete_options(
 ) -> Options:
     """The block (known keys only) completed by the preset it names, or by `override`, the command line's."""
     given = dict(block)
-    if isinstance(given.get("exclude"), list):
-        given["exclude"] = tuple(cast("list[object]", given["exclude"]))
+    for key in ("exclude", "companions"):
+        if isinstance(given.get(key), list):
+            given[key] = tuple(cast("list[object]", given[key]))
     if override is not None:
         if override not in PRESETS:
             problems.append(f"--semantics: no semantics '{override}'; {nearest(override, list(PRESETS))}")

@@ -121,7 +121,7 @@ class Recipe:
             "out_dtype": self.out_dtype,
             "ties_dist": self._options()
             | ({"elect_from": self.elect_from.text} if self.elect_from else {})
-            | ({"exclude": list(self.options.exclude)} if self.options.exclude else {}),
+            | {key: list(globs) for key in ("exclude", "companions") if (globs := getattr(self.options, key))},
         }
         given = {key: value for key, value in document.items() if value not in (None, {})}
         return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
@@ -135,7 +135,7 @@ class Recipe:
 
     def _options(self) -> dict[str, object]:
         """The options that this method understands and that are in force; `elect` is not beside `elect_from`."""
-        apart = {"exclude", "elect_from"} | ({"elect"} if self.elect_from else set())
+        apart = {"exclude", "companions", "elect_from"} | ({"elect"} if self.elect_from else set())
         # Fingerprints and copies of recipes as before there was a choice.
         new = ("output", "tie_word_embeddings", "density_of")
         apart |= {name for name in new if name not in self.options.chosen}

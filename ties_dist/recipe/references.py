@@ -16,12 +16,26 @@ from ties_dist.errors import RecipeError
 # `org/name` or `org/name@revision`; the hub's own rule is [\w.-]+, and a leading dot would be a path.
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 
-# Weights, and the companion files that a merged model is published with; not the duplicates in other formats.
-_WANTED = (
-    *("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.py", "*.jinja"),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+# All but the duplicates in other formats and what is no part of the model: whatever stands beside the weights may be.
+# Folders that begin with a digit are modules of embedding models, `2_Dense`; others with weights are not read.
+_UNWANTED = (
+    *(
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.gguf",
+        "*.h5",
+        "*.msgpack",
+        "*.onnx*",
+        "*.ot",
+        "*.tflite",
+        "*.pb",
+        "*.npz",
+    ),
+    *("[!0-9]*/*.safetensors", "consolidated*", "original/*", "onnx/*", "openvino/*", "checkpoint-*", "runs/*"),
+    *("README*", ".git*"),
 )
-_UNWANTED = ("*/*.safetensors", "consolidated*", "original/*", "onnx/*")
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -140,7 +154,6 @@ def fetch(location: Location) -> Path:
         folder = snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=list(_WANTED),
             ignore_patterns=list(_UNWANTED),
         )
     except Exception as error:  # the hub's, the network's and the disk's errors share no root

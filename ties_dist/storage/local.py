@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,17 +161,23 @@ def sync_folder(path: Path) -> None:
 
 
 def write_durably(
-    path: Path, content: str | bytes | memoryview, check: Callable[[], None] = lambda: None, *, shared: bool = False
+    path: Path,
+    content: str | bytes | memoryview | Iterable[memoryview],
+    check: Callable[[], None] = lambda: None,
+    *,
+    shared: bool = False,
 ) -> None:
-    """Write a small file so that it is there wholly or not at all.
+    """Write a file so that it is there wholly or not at all.
 
+    content: at once, or in pieces, each of which is done with when the next is asked for.
     check: called when the content is durable, before it gets its name; raises where that must not happen any more.
     shared: whether other processes may write it at the same time, as in a cache, which no lock guards.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            for piece in _pieces(content):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         check()
@@ -181,6 +187,12 @@ def write_durably(
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise output_error(error, path) from error
+
+
+def _pieces(content: str | bytes | memoryview | Iterable[memoryview]) -> Iterable[bytes | memoryview]:
+    if isinstance(content, str):
+        return [content.encode()]
+    return [content] if isinstance(content, bytes | memoryview) else content
 
 
 def output_error(error: OSError, path: Path) -> OutputError:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,14 @@ class LocalPlace:
         with _writing(self.root / folder):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
 
-    def put(self, name: str, content: bytes | memoryview, check: Check = unchecked, *, shared: bool = False) -> None:
+    def put(
+        self,
+        name: str,
+        content: bytes | memoryview | Iterable[memoryview],
+        check: Check = unchecked,
+        *,
+        shared: bool = False,
+    ) -> None:
         write_durably(self.root / name, content, check, shared=shared)
 
     def overwrite(self, name: str, content: bytes) -> None:
@@ -166,8 +173,11 @@ class LocalPlace:
                 with suppress(FileNotFoundError):  # we were replaced meanwhile, as the next check will say
                     path.replace(aside / path.name).unlink()
             check()
-            for folder in dict.fromkeys(path.parent for path in paths):
+            for folder in dict.fromkeys(path.parent for path in paths if path.parent.is_dir()):
                 sync_folder(folder)
+                if folder != self.root:
+                    with suppress(OSError):  # not empty
+                        folder.rmdir()
             aside.rmdir()
 
     def clear(self, folder: str) -> None:

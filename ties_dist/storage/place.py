@@ -7,7 +7,8 @@ of it, and when, is the matter of `output`: a place only says what cannot be don
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import NamedTuple, Protocol
 
 from ties_dist.storage.base import Reader, Writer
@@ -21,8 +22,25 @@ def unchecked() -> None:
 
 
 def partial_name(name: str) -> str:
-    """What a file is called until it is whole: a pre-laid-out shard of zeros is a valid one, and must not look it."""
-    return f"{name}.partial"
+    """What a file is called until it is whole: a pre-laid-out shard of zeros is a valid one, and must not look it.
+
+    All partial files lie in one folder, whatever folder they will have.
+    """
+    return f"{name.replace('%', '%25').replace('/', '%2F')}.partial"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name stays in its folder on any operating system: no separators, drives, dots alone, no control codes.
+
+    Asked of every name that was read from a file: who wrote that may want another place touched.
+    """
+    inside = PurePosixPath(name).name == name == PureWindowsPath(name).name
+    return inside and name not in ("", "..") and name.isprintable()
+
+
+def is_inside(name: str) -> bool:
+    """The same for a file or folder at any depth."""
+    return all(map(is_plain, name.split("/")))
 
 
 class Entry(NamedTuple):
@@ -82,9 +100,17 @@ class Place(Protocol):
         """Have a folder to write into. Nothing else makes one, so who was replaced finds its folders gone."""
         ...
 
-    def put(self, name: str, content: bytes | memoryview, check: Check = unchecked, *, shared: bool = False) -> None:
+    def put(
+        self,
+        name: str,
+        content: bytes | memoryview | Iterable[memoryview],
+        check: Check = unchecked,
+        *,
+        shared: bool = False,
+    ) -> None:
         """Write a file, durably, so that it is there wholly or not at all.
 
+        content: at once, or in pieces, each of which is done with when the next is asked for.
         check: called when the content is durable, before it gets its name. shared: whether others may put the same
         name at the same time, as in a cache, which no lock guards.
         """
@@ -123,6 +149,8 @@ class Place(Protocol):
 
     def retire(self, names: Sequence[str], into: str, check: Check) -> None:
         """Remove files, durably, but none that gets one of these names from whoever takes over in the middle of it.
+
+        A folder that is empty then goes, too.
 
         check: called before each. into: a new folder's name, through which they go on a disk: once it is cleared, who
         was stopped inside removes nothing more. A store with conditional deletes has no use for it.

@@ -20,6 +20,7 @@ from ties_dist.errors import CheckpointError
 from ties_dist.storage.backends import choose, look, open_direct
 from ties_dist.storage.base import Backend
 from ties_dist.storage.buffers import ALIGNMENT, Buffers
+from ties_dist.storage.links import followed
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,11 @@ class _Directory:
         return sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
 
     def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+        return self._locate(name).stat().st_size
+
+    def _locate(self, name: str) -> Path:
+        """Where a file lies. A file that was named by itself may be a link to anywhere: who named it wants that."""
+        return followed(self.root, name) if self.root == self.path else self.root / name
 
     def _ends_early(self, name: str, size: int, stop: int) -> CheckpointError:
         return CheckpointError(
@@ -92,7 +97,7 @@ class MappedReader(_Directory):
     def _map(self, name: str) -> mmap.mmap:
         with self._lock:
             if name not in self._maps:
-                with open(self.root / name, "rb") as file:
+                with open(self._locate(name), "rb") as file:
                     if os.fstat(file.fileno()).st_size == 0:
                         raise self._ends_early(name, 0, 1)
                     self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -129,7 +134,7 @@ class PreadReader(_Directory):
     def _open(self, name: str) -> int:
         with self._lock:
             if name not in self._files:
-                self._files[name] = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[name] = os.open(self._locate(name), os.O_RDONLY | os.O_CLOEXEC)
             return self._files[name]
 
     def __del__(self) -> None:
@@ -181,7 +186,7 @@ class DirectReader(PreadReader):
         with self._lock:
             if name not in self._direct and name not in self._refused:
                 try:
-                    self._direct[name] = open_direct(self.root / name)
+                    self._direct[name] = open_direct(self._locate(name))
                 except OSError as error:
                     self._refuse(name, error)
             return None if name in self._refused else self._direct[name]

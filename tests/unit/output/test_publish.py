@@ -222,7 +222,7 @@ def test_no_name_is_given_or_taken_without_a_look_at_the_lock_just_before(
 
     def guarded(name: str, call: Callable[..., object]) -> Callable[..., object]:
         def change(path: str | Path, *arguments: object, **options: object) -> object:
-            if "retired-" in str(path):  # a name of this driver's own
+            if "retired-" in str(path) or "staged-" in str(arguments):  # a name of this driver's own
                 return call(path, *arguments, **options)
             moved_out = "retired-" in str(arguments)
             assert name == "replace" or Path(path).suffix == ".tmp", f"{path}: by then another's file may be called so"
@@ -380,3 +380,53 @@ def test_a_merge_that_dies_at_any_step_is_finished_by_the_same_command(
         out.rename(tmp_path / "new" / f"done-{step}")
     assert step > 60
     assert resumed > 0
+
+
+# -- what is replaced, and what is not ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "manifest.json", "report.json", INDEX_NAME])
+def test_the_old_model_stays_where_a_file_of_the_new_one_cannot_be_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model, versions = setting(tmp_path, 2, 3)
+    before = version_of(path_of(folder))
+    contents = {**model.companions, "report.json": report_of("new").to_json().encode()}
+    real = LocalPlace.put
+
+    def full(self: LocalPlace, target: str, content: bytes, *rest: object, **how: object) -> None:
+        wanted = contents.get(name)
+        if content == wanted or (
+            wanted is None and (b'"weight_map"' if name == INDEX_NAME else b'"shards"') in content
+        ):
+            raise OutputError("the disk is full")
+        real(self, target, content, *rest, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalPlace, "put", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        model.publish(folder)
+    assert version_of(path_of(folder)) == before
+    assert standing(path_of(folder), versions) == "old"
+
+
+@pytest.mark.parametrize("stray", ["other.safetensors", "consolidated.safetensors", "adapter_config.json",
+                                   "x.safetensors.index.json"])  # fmt: skip
+def test_weights_of_nobody_are_kept_and_nothing_is_published_beside_them(stray: str, tmp_path: Path) -> None:
+    folder, model, versions = setting(tmp_path, 2, 3)
+    (path_of(folder) / stray).write_text("mine")
+    (path_of(folder) / "notes.txt").write_text("no loader reads this")
+    with pytest.raises(OutputError, match=rf"holds {stray}, of no merge of ties_dist, .*Move it away"):
+        model.publish(folder)
+    assert (path_of(folder) / stray).read_text() == "mine"
+    (path_of(folder) / stray).rename(tmp_path / "away")
+    model.publish(folder)
+    assert standing(path_of(folder), versions) == "new"
+    assert (path_of(folder) / "notes.txt").exists()
+
+
+def test_a_model_without_its_manifest_goes_by_its_index(tmp_path: Path) -> None:
+    folder, model, versions = setting(tmp_path, 3, 1)
+    (path_of(folder) / ".ties_dist" / "manifest.json").write_text("{")
+    (path_of(folder) / "merges.txt").unlink()  # of the old model: which nobody can tell any more
+    model.publish(folder)
+    assert standing(path_of(folder), versions) == "new"

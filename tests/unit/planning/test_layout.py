@@ -71,8 +71,8 @@ def test_shards_follow_the_base_and_keep_its_names() -> None:
     files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     layout = lay_out([spec("a", 4), spec("b", 4)], files)
     assert [s.name for s in layout.shards] == sorted(files.values())
-    assert layout.index is not None
-    assert '"total_size": 32' in layout.index
+    assert INDEX_NAME in layout.indexes
+    assert '"total_size": 32' in layout.indexes[INDEX_NAME]
     renamed = lay_out([spec("a", 4), spec("b", 4)], {"a": "x.safetensors", "b": "y.safetensors"})
     assert [s.name for s in renamed.shards] == sorted(files.values())
 

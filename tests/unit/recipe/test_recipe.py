@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
+from huggingface_hub.utils import filter_repo_objects
 
 from ties_dist.errors import RecipeError
 from ties_dist.recipe.recipe import MethodSpec, Options, Parameter, Recipe, Setting, layer_depths, load_recipe
@@ -1016,7 +1018,12 @@ def test_a_download_takes_weights_and_companions_once(load: Load, root: Path, mo
     load(linear(models=[{"model": "org/name@abc"}, {"model": "org/name@abc"}]))
     ((repository, arguments),) = calls
     assert (repository, arguments["revision"]) == ("org/name", "abc")
-    assert {"*.safetensors", "*.json", "*.model", "*.txt", "*.py"} <= set(arguments["allow_patterns"])  # type: ignore[call-overload]
+    unwanted = [str(pattern) for pattern in arguments["ignore_patterns"]]  # type: ignore[attr-defined]
+    wanted = ["model-00001-of-00002.safetensors", "2_Dense/model.safetensors", "1_Pooling/config.json",
+              "tokenizer.json", "additional_chat_templates/tool.jinja", "source.spm", "bpe.codes",
+              "LICENSE"]  # fmt: skip
+    left = ["pytorch_model.bin", "onnx/model.onnx", "model.gguf", "unet/model.safetensors", "consolidated.safetensors"]
+    assert list(filter_repo_objects([*wanted, *left], ignore_patterns=unwanted)) == wanted
 
 
 # --- Canonical form and resolved recipe -----------------------------------------------------------------------------
@@ -1025,6 +1032,13 @@ def test_a_download_takes_weights_and_companions_once(load: Load, root: Path, mo
 def test_the_canonical_form_is_json_without_paths_or_names(load: Load, root: Path) -> None:
     text = json.dumps(load(ties(ties_dist={"elect_from": "chat"})).canonical())
     assert not any(word in text for word in (str(root), "math", "code", "chat", '"base"'))
+
+
+def test_companions_are_in_the_resolved_recipe_and_not_in_the_canonical_form(load: Load) -> None:
+    plain, more = load(ties()), load(ties(ties_dist={"companions": ["onnx/*", "big.dat"]}))
+    assert plain.canonical() == more.canonical()
+    assert more.options.companions == ("onnx/*", "big.dat")
+    assert load(yaml.safe_load(more.to_yaml())).options.companions == more.options.companions
 
 
 def test_the_canonical_form_ignores_how_a_value_was_written(load: Load) -> None:
