@@ -462,6 +462,30 @@ def test_out_in_an_input_is_refused(out: str, merge_job: Checkpoints, capsys: py
     assert contents(recipe.parent) == before
 
 
+@pytest.mark.parametrize("out", ["adapter", "adapter/merged", "."])
+def test_an_adapter_is_an_input_as_any_other(
+    out: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = two_experts()
+    recipe = merge_job(models)
+    adapter = tmp_path / "adapter"
+    rows, columns = models[0]["layers.1.weight"].shape
+    lora = {"lora_A.weight": torch.zeros(2, columns), "lora_B.weight": torch.zeros(rows, 2)}
+    write_checkpoint(adapter, {f"base_model.model.layers.1.{name}": t for name, t in lora.items()})
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["layers.1"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / ".ties_dist").mkdir()  # as if it had been merged here
+    (tmp_path / ".ties_dist").mkdir()
+    document = yaml.safe_load(recipe.read_text())
+    document["models"][0]["model"] = "adapter"
+    recipe.write_text(yaml.safe_dump(document))
+    before = contents(adapter)
+    said = "lies in OUT" if out == "." else f"lies inside the input {adapter}"
+    assert_says(run(capsys, "merge", recipe, tmp_path / out, "--overwrite", "--fresh"), said)
+    assert contents(adapter) == before
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_an_input_in_out_is_refused(
     linked: bool, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -124,7 +124,7 @@ def _guess_bytes(chosen: MergePlan) -> int:
 def _holds(out: Place, chosen: MergePlan) -> str:
     """Raises OutputError where OUT cannot be merged into."""
     folder = OutFolder(place=out, fingerprint=chosen.fingerprint)
-    folder.check([model.path for model in chosen.models])
+    folder.check(chosen.models)
     return folder.holds()
 
 

@@ -106,7 +106,7 @@ def run(
     """
     began, options = time.monotonic(), job.options
     folder = OutFolder(place=out, fingerprint=job.plan.fingerprint)
-    folder.check([model.path for model in job.plan.models])
+    folder.check(job.plan.models)
     _ = job.stamps  # taken now: while this run waits for the lock, its inputs may change
     noted = Noted(progress)
     with hold(folder, executor, noted, wait=options.wait, stop=stop) as lock:

@@ -16,6 +16,7 @@ from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import INDEX_NAME, Layout, OutputShard, folder_of
 from ties_dist.recipe.references import ADAPTER_CONFIG
 from ties_dist.storage.place import Check, Place, is_inside, is_plain, partial_name
+from ties_dist.values.inputs import Input
 
 MANIFEST, REPORT = f"{STATE}/manifest.json", f"{STATE}/report.json"
 BEGUN = "plan.json"
@@ -68,9 +69,9 @@ class OutFolder:
         with suppress(OutputError):
             self.place.clear(f"{STATE}/{run}" if run is not None else self.run)
 
-    def check(self, inputs: Sequence[str]) -> None:
-        """Raises OutputError where OUT cannot be merged into at all. inputs: paths of models."""
-        self.place.check(inputs)
+    def check(self, models: Sequence[Input]) -> None:
+        """Raises OutputError where OUT cannot be merged into at all. models: what is read."""
+        self.place.check([path for model in models for path in (model.path, model.adapter) if path is not None])
         found = self.place.list()
         if found and not any(entry.name == STATE and entry.size is None for entry in found):
             raise OutputError(

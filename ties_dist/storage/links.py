@@ -1,11 +1,12 @@
-"""Links in a model's folder: followed as long as they stay in it.
+"""Links in folders that others may have written to: read as long as they stay inside, and never written through.
 
-Who made a folder could otherwise have any file of this machine read, and published with the merged model. The hub's
-cache keeps the files of its snapshots beside them, under names that are digests: links there are its own.
+Who made a folder could otherwise have any file of this machine read and published with the merged model, or replaced
+by it. The hub's cache keeps the files of its snapshots beside them, under their digests: links there are its own.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -33,3 +34,18 @@ def _is_of_hub(real: Path) -> bool:
     folder = real.parent
     kept = folder.name == "blobs" and folder.parent.name.startswith("models--")
     return kept and _DIGEST.fullmatch(real.name) is not None
+
+
+def open_itself(path: Path, flags: int) -> int:
+    """A descriptor of a file, never of what a link in its place leads to. Raises OSError: ELOOP where it is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # a pipe must not hold us up
+
+
+def open_anew(path: Path) -> int:
+    """A descriptor of a new file in place of whatever has its name, a link of somebody else's included."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    try:
+        return open_itself(path, flags)
+    except FileExistsError:
+        path.unlink()
+        return open_itself(path, flags)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from ties_dist.errors import OutputError
 from ties_dist.storage.backends import is_network
 from ties_dist.storage.buffers import ALIGNMENT
+from ties_dist.storage.links import open_anew, open_itself
 from ties_dist.storage.place import partial_name
 
 DIRECT_FROM = 256 << 20
@@ -43,8 +45,8 @@ class LocalWriter:
     def create(self, name: str, size: int) -> None:
         path = self.root / partial_name(name)
         try:
-            if not path.exists() or path.stat().st_size != size:
-                with open(path, "wb") as file:
+            if not _is_ours(path, size):
+                with os.fdopen(open_anew(path), "wb") as file:
                     file.truncate(size)  # sparse: posix_fallocate slows buffered writes (facts.md)
                 sync_folder(self.root)
         except OSError as error:
@@ -88,7 +90,7 @@ class LocalWriter:
                 path, file = self._path(name), None
                 if hasattr(os, "O_DIRECT") and path.stat().st_size >= self.direct_from and not is_network(path):
                     with suppress(OSError):
-                        file = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+                        file = open_itself(path, os.O_WRONLY | os.O_DIRECT)
                 self._direct[name] = file
             return self._direct[name]
 
@@ -121,7 +123,7 @@ class LocalWriter:
     def _open(self, name: str) -> int:
         with self._lock:
             if name not in self._files:
-                self._files[name] = os.open(self._path(name), os.O_RDWR | os.O_CLOEXEC)
+                self._files[name] = open_itself(self._path(name), os.O_RDWR)
             return self._files[name]
 
     def _path(self, name: str) -> Path:
@@ -129,9 +131,21 @@ class LocalWriter:
         return self.final / name if self.final is not None and not path.exists() else path
 
 
+def _is_ours(path: Path, size: int) -> bool:
+    """Whether a file of this size is there, by this name alone: another one would be written to as well."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size and found.st_nlink == 1
+
+
 def copy_sparse(source: Path, target: Path) -> None:
     """Copy a file durably, holes as holes: a partial shard is mostly hole, and has the size of a whole one."""
-    with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
+    with (
+        os.fdopen(open_itself(source, os.O_RDONLY), "rb", buffering=0) as old,
+        os.fdopen(open_anew(target), "wb", buffering=0) as new,
+    ):
         size = os.fstat(old.fileno()).st_size
         new.truncate(size)
         position = 0
@@ -175,7 +189,7 @@ def write_durably(
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with os.fdopen(open_anew(temporary), "wb") as file:
             for piece in _pieces(content):
                 file.write(piece)
             file.flush()
@@ -204,6 +218,7 @@ def output_error(error: OSError, path: Path) -> OutputError:
         errno.EDQUOT: "the disk quota is used up. Free some space and run the same command again: it resumes.",
         errno.EROFS: "the file system is read-only. Make it writable and run again, or choose another OUT.",
         errno.ENOTDIR: "Not a directory, but a file, is a part of that path. Choose another OUT.",
+        errno.ELOOP: "it is a link, and none in OUT is followed. Remove it and run the same command again: it resumes.",
         errno.EACCES: "permission denied. Make it writable or choose another OUT.",
         errno.EFBIG: "the file system, or a limit of this shell (ulimit -f), does not allow a file that large.",
     }.get(error.errno or 0, f"{error.strerror or error}. Mend that and run the same command again: it resumes.")

@@ -9,14 +9,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ties_dist.errors import OutputError
+from ties_dist.errors import CheckpointError, OutputError
 from ties_dist.storage.base import Reader, Writer
+from ties_dist.storage.links import followed, open_itself
 from ties_dist.storage.local import LocalWriter, copy_sparse, output_error, sync_folder, write_durably
 from ties_dist.storage.place import Check, Entry, unchecked
 from ties_dist.storage.readers import open_reader
@@ -42,12 +44,10 @@ class LocalPlace:
     def check(self, inputs: Sequence[str]) -> None:
         target = self.root.resolve()
         for model in (Path(path).resolve() for path in inputs):
-            if target == model or (model.is_dir() and model in target.parents):
+            if any(_is_same(model, folder) for folder in (target, *target.parents)):
                 raise OutputError(f"OUT {self} lies inside the input {model}. Choose a folder of its own.")
-            # A folder's shards may be links to another's.
-            for file in (p.resolve() for p in (model.glob("*.safetensors") if model.is_dir() else [model])):
-                if target == file.parent:
-                    raise OutputError(f"the input {file} lies in OUT {self}. Choose a folder of its own.")
+            if any(_is_same(target, folder) for folder in model.parents):
+                raise OutputError(f"the input {model} lies in OUT {self}. Choose a folder of its own.")
         if self.root.is_symlink() and not self.root.exists():
             raise OutputError(f"OUT {self} is a broken link. Choose a folder.")
         if self.root.exists() and not self.root.is_dir():
@@ -56,35 +56,43 @@ class LocalPlace:
     def list(self, folder: str = "") -> Sequence[Entry]:
         with _reading(self.root / folder):
             try:
-                with os.scandir(self.root / folder) as found:
+                with os.scandir(self._folder(folder)) as found:
                     return sorted(entry for each in found if (entry := _entry(each)) is not None)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def size(self, name: str) -> int | None:
-        path = self.root / name
-        with _reading(path):
+        with _reading(self.root / name):
             try:
-                return path.stat().st_size if path.is_file() else None
-            except FileNotFoundError:
+                found = self._path(name).lstat()
+                if stat.S_ISLNK(found.st_mode):
+                    found = followed(self.root, name).lstat()
+                return found.st_size if stat.S_ISREG(found.st_mode) else None
+            except (FileNotFoundError, NotADirectoryError, CheckpointError):
                 return None
 
     def read(self, name: str) -> bytes | None:
         with _reading(self.root / name):
             try:
-                return (self.root / name).read_bytes()
+                path = self._path(name)
+                if path.is_symlink():
+                    path = followed(self.root, name)
+                with os.fdopen(open_itself(path, os.O_RDONLY), "rb") as file:
+                    return file.read()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+            except CheckpointError as error:
+                raise OutputError(str(error)) from error
 
     def reader(self, folder: str = "") -> Reader:
-        return open_reader(self.root / folder)
+        return open_reader(self._folder(folder))
 
     def writer(self, parts: str, fence: Check = unchecked) -> Writer:
-        return LocalWriter(self.root / parts, self.root, fence=fence)
+        return LocalWriter(self._folder(parts), self.root, fence=fence)
 
     def make(self, folder: str = "") -> None:
         with _writing(self.root / folder):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
+            self._folder(folder).mkdir(parents=True, exist_ok=True)
 
     def put(
         self,
@@ -94,11 +102,13 @@ class LocalPlace:
         *,
         shared: bool = False,
     ) -> None:
-        write_durably(self.root / name, content, check, shared=shared)
+        write_durably(self._path(name), content, check, shared=shared)
 
     def overwrite(self, name: str, content: bytes) -> None:
         with _writing(self.root / name):
-            (self.root / name).write_bytes(content)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with os.fdopen(open_itself(self._path(name), flags), "wb") as file:
+                file.write(content)
 
     def swap(self, name: str, old: bytes | None, new: bytes | None, *, patience: float) -> bool:
         with _writing(self.root / name), self._guard(name, patience) as guarded:
@@ -118,7 +128,7 @@ class LocalPlace:
 
         One that is held for longer is of a process that was stopped inside: it is passed by.
         """
-        with open(self.root / f"{name}.guard", "wb") as guard:
+        with os.fdopen(open_itself(self._path(f"{name}.guard"), os.O_WRONLY | os.O_CREAT), "wb") as guard:
             guarded, until = False, time.monotonic() + patience
             while not guarded and time.monotonic() <= until:
                 try:
@@ -131,10 +141,10 @@ class LocalPlace:
             yield guarded
 
     def append(self, name: str, content: bytes) -> None:
-        path = self.root / name
+        path = self._path(name)
         with _writing(path):
             known = path.exists()
-            with open(path, "ab") as file:
+            with os.fdopen(open_itself(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -142,28 +152,28 @@ class LocalPlace:
                 sync_folder(path.parent)
 
     def copy(self, source: str, target: str) -> None:
-        path = self.root / target
+        path = self._path(target)
         fresh = path.with_name(f"{path.name}.copy")
         with _writing(path):
-            copy_sparse(self.root / source, fresh)
+            copy_sparse(self._path(source), fresh)
             os.replace(fresh, path)
             sync_folder(path.parent)
 
     def publish(self, part: str, name: str) -> None:
         with _writing(self.root / name):
-            (self.root / part).replace(self.root / name)
+            self._path(part).replace(self._path(name))
 
     def sync(self, folder: str = "") -> None:
         with _writing(self.root / folder):
-            sync_folder(self.root / folder)
+            sync_folder(self._folder(folder))
 
     def remove(self, name: str) -> None:
         with _writing(self.root / name):
-            (self.root / name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
 
     def retire(self, names: Sequence[str], into: str, check: Check) -> None:
         # `unlink` would remove whatever has the name by then: the model of whoever took over.
-        aside, paths = self.root / into, [self.root / name for name in names]
+        aside, paths = self._path(into), [self._path(name) for name in names]
         with _writing(self.root):
             aside.mkdir()
             for path in paths:
@@ -181,11 +191,25 @@ class LocalPlace:
             aside.rmdir()
 
     def clear(self, folder: str) -> None:
-        path = self.root / folder
+        path = self._path(folder)
         shutil.rmtree(path, ignore_errors=True)  # fails where a move came in between: then once more
         with _writing(path):
-            if path.exists():
+            if path.is_symlink():
+                path.unlink()
+            elif path.exists():
                 shutil.rmtree(path)
+
+    def _path(self, name: str) -> Path:
+        """Of a file here. Raises OutputError where a folder on the way is a link: we make none, so it is another's."""
+        path, folders = self.root, name.split("/")[:-1]
+        for folder in folders:
+            path /= folder
+            if path.is_symlink():
+                raise OutputError(f"{path} is a link, and none in OUT is followed. Remove it, or choose another OUT.")
+        return self.root / name
+
+    def _folder(self, name: str) -> Path:
+        return self._path(f"{name}/file").parent if name else self.root
 
     def free(self) -> int | None:
         existing = next(p for p in (self.root.absolute(), *self.root.absolute().parents) if p.exists())
@@ -195,16 +219,25 @@ class LocalPlace:
 def _entry(found: os.DirEntry[str]) -> Entry | None:
     """None for what is gone since it was listed."""
     with suppress(FileNotFoundError):
-        stat = found.stat(follow_symlinks=os.path.exists(found.path))  # of a broken link, the link
-        size = None if found.is_dir() else stat.st_size
-        return Entry(found.name, size, stat.st_blocks * 512, stat.st_mtime_ns)
+        facts = found.stat(follow_symlinks=False)
+        size = None if found.is_dir(follow_symlinks=False) else facts.st_size
+        return Entry(found.name, size, facts.st_blocks * 512, facts.st_mtime_ns)
     return None
+
+
+def _is_same(path: Path, folder: Path) -> bool:
+    """Whether two paths are one place, by whatever names: mounts have several."""
+    with suppress(OSError):
+        return path == folder or os.path.samefile(path, folder)
+    return False
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror or error}.") from error
 
