@@ -216,7 +216,7 @@ class PlaceContract:
 
         def failing(*given: object) -> None:
             calls[0] += 1
-            if calls[0] == 3:
+            if calls[0] == 4:  # the first is a rehearsal
                 raise ZeroDivisionError("a bug, in the middle")
             write(*given)  # type: ignore[arg-type]
 

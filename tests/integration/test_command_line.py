@@ -273,7 +273,7 @@ def test_plan_says_what_out_holds(merge_job: Checkpoints, tmp_path: Path, cli: R
     cli("merge", recipe, out)
     assert held() == "this merge, finished"
     recipe.write_text(recipe.read_text().replace('"density": 0.2', '"density": 0.3'))
-    assert held() == "another merge, finished"
+    assert cli("plan", recipe, out, "--overwrite", "--json").document["out_holds"] == "another merge, finished"
     (tmp_path / "notes.txt").touch()
     refused = cli("plan", recipe, tmp_path)
     assert (refused.status, "lies in" in refused.err or "not written by" in refused.err) == (2, True)

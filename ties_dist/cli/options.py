@@ -9,7 +9,7 @@ from typing import get_args, get_origin
 
 import click
 
-from ties_dist.planning.keywords import PlanKeywords, chosen
+from ties_dist.planning.keywords import ReadKeywords, chosen
 from ties_dist.planning.options import Cluster, Option, RunOptions, options_of
 
 Command = Callable[..., None]
@@ -55,7 +55,7 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
-def takes(keywords: type[PlanKeywords]) -> Decorator:
+def takes(keywords: type[ReadKeywords]) -> Decorator:
     """Switches for these keywords; the command gets what they say as `options`."""
     options = chosen(keywords)
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from ties_dist.errors import OutputError
 from ties_dist.inputs.opening import opener
 from ties_dist.output.folder import OutFolder
+from ties_dist.output.holder import Holder
+from ties_dist.output.lock import RunLock
+from ties_dist.output.resume import gate
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.prepare import Job
 from ties_dist.planning.sample import sample_slices
@@ -65,8 +70,9 @@ class PlanReport:
 
 
 def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
-    """sample: read some pages, too. Raises OutputError where OUT cannot be merged into."""
+    """sample: read some pages, too. Raises what a merge into OUT would before it works."""
     chosen = job.plan
+    found = None if out is None else _look(out, job)
     passes = _passes(chosen)
     return PlanReport(
         method=chosen.method.name,
@@ -85,13 +91,11 @@ def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
         memory_budget=chosen.memory_budget,
         threads=chosen.threads,
         companions=job.copied.sizes,
-        disk_needed_bytes=chosen.layout.total_bytes
-        + sum(m.nbytes for m in chosen.matrices.values())
-        + job.copied.nbytes,
+        disk_needed_bytes=chosen.disk_bytes + job.copied.nbytes,
         disk_free_bytes=None if out is None else out.free(),
-        out_holds=None if out is None else _holds(out, chosen),
+        out_holds=found.holds if found is not None else None,
         fingerprint=None if job.unproven else chosen.fingerprint,
-        notes=job.notes,
+        notes=(*job.notes, *(found.notes if found is not None else ())),
         sample=_sample(job) if sample else None,
         unproven=tuple(dict.fromkeys(f"{each.right} is {each.left}" for each in job.unproven)),
         proof_bytes=sum(each.nbytes for each in job.unproven),
@@ -121,11 +125,28 @@ def _guess_bytes(chosen: MergePlan) -> int:
     return sum(read_bytes(m.views[name], start, stop) for name, start, stop in sample_slices(chosen)[0] for m in models)
 
 
-def _holds(out: Place, chosen: MergePlan) -> str:
-    """Raises OutputError where OUT cannot be merged into."""
-    folder = OutFolder(place=out, fingerprint=chosen.fingerprint)
-    folder.check(chosen.models)
-    return folder.holds()
+class _Look(NamedTuple):
+    """What stands in OUT, in words, and what else there is to say of it."""
+
+    holds: str
+    notes: tuple[str, ...] = ()
+
+
+def _look(out: Place, job: Job) -> _Look:
+    """Raises as `gate` does. A lock is told, not refused: who holds it may be done before the merge begins."""
+    folder = OutFolder(place=out, fingerprint=job.plan.fingerprint)
+    folder.check(job.plan.models)
+    for last in (False, True):
+        try:
+            gate(folder, job)
+        except FileNotFoundError:  # journals that vanish were published just now
+            if last:
+                raise OutputError(f"OUT {out} changes faster than it can be looked at. Ask again.") from None
+        else:
+            break
+    holder = RunLock(out).holder()
+    busy = holder is not None and not holder.is_dead(Holder.myself())
+    return _Look(folder.holds(), (f"another run is merging into {out}: {holder}.",) if busy else ())
 
 
 def _sample(job: Job) -> Sample:

@@ -23,12 +23,12 @@ from ties_dist.output.card import model_card
 from ties_dist.output.companions import companion_files
 from ties_dist.output.folder import OutFolder
 from ties_dist.output.holder import Holder
-from ties_dist.output.journal import Journal, Record, read_journals
+from ties_dist.output.journal import Journal, Record
 from ties_dist.output.lock import RunLock
 from ties_dist.output.manifest import Manifest, Origin, Shard
 from ties_dist.output.publish import Finished, give_names
 from ties_dist.output.report import MergeReport
-from ties_dist.output.resume import adopt, check_space, claim
+from ties_dist.output.resume import adopt, claim
 from ties_dist.planning.arrange import models_of
 from ties_dist.planning.plan import SEMANTICS_VERSION, MergePlan
 from ties_dist.planning.prepare import Job
@@ -110,10 +110,11 @@ def run(
     _ = job.stamps  # taken now: while this run waits for the lock, its inputs may change
     noted = Noted(progress)
     with hold(folder, executor, noted, wait=options.wait, stop=stop) as lock:
-        if (done := claim(folder, job)) is not None:
+        standing = claim(folder, job)
+        if standing.done is not None:
             lock.settle(lock.doubts)
-            return done
-        with open_run(job, folder, lock, executor, gpus) as opened:
+            return standing.done
+        with open_run(job, folder, lock, standing.record, executor, gpus) as opened:
             passes = Passes(
                 plan=job.plan,
                 step=opened.step,
@@ -153,14 +154,14 @@ def hold(
 
 
 @contextmanager
-def open_run(job: Job, folder: OutFolder, lock: RunLock, executor: Executor, gpus: Gpus | None) -> Iterator[Run]:
+def open_run(
+    job: Job, folder: OutFolder, lock: RunLock, record: Record, executor: Executor, gpus: Gpus | None
+) -> Iterator[Run]:
     """Everything opened that the merge needs. Work that met NaN or Inf is discarded: of no use to repaired inputs."""
-    record = read_journals(folder.place, folder.run, job.plan.counters.names)
     if doubts := lock.doubts:
         logger.warning("the run before may still be alive: going on with copies of its partial shards")
         adopt(folder, job.plan.layout.shards, publishing=record.publishing)
         lock.settle(doubts)
-    check_space(folder, job, publishing=record.publishing)
     site = Site(plan=job.plan, resources=job.resources, folder=folder, holder=lock.me)
     executor.start(site)
     step, journal = site.open(gpus), Journal(folder.place, folder.run, lock.token, job.plan.counters.names)

@@ -16,6 +16,7 @@ from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import INDEX_NAME, Layout, OutputShard, folder_of
 from ties_dist.recipe.references import ADAPTER_CONFIG
 from ties_dist.storage.place import Check, Place, is_inside, is_plain, partial_name
+from ties_dist.storage.rehearsal import PROBE
 from ties_dist.values.inputs import Input
 
 MANIFEST, REPORT = f"{STATE}/manifest.json", f"{STATE}/report.json"
@@ -58,11 +59,16 @@ class OutFolder:
     def fence(self) -> None:
         """Remove folders `apart` of earlier drivers. One that was stopped inside a move, and goes on, moves nothing.
 
+        And probes of those that were killed with one.
+
         Raises OutputError.
         """
         for entry in self.place.list(self.run):
             if entry.name.startswith(("retired-", "staged-")):
                 self.place.clear(f"{self.run}/{entry.name}")
+        for entry in self.place.list(STATE):
+            if entry.name.startswith(PROBE):
+                self.place.remove(f"{STATE}/{entry.name}")
 
     def discard(self, run: str | None = None) -> None:
         """Remove all of this merge, or of another; what cannot be removed does no harm."""
@@ -72,7 +78,7 @@ class OutFolder:
     def check(self, models: Sequence[Input]) -> None:
         """Raises OutputError where OUT cannot be merged into at all. models: what is read."""
         self.place.check([path for model in models for path in (model.path, model.adapter) if path is not None])
-        found = self.place.list()
+        found = [entry for entry in self.place.list() if not entry.name.startswith(PROBE)]
         if found and not any(entry.name == STATE and entry.size is None for entry in found):
             raise OutputError(
                 f"OUT {self.place} is not empty and was not written by ties_dist. Choose another folder or empty it."
@@ -84,6 +90,10 @@ class OutFolder:
 
     def other_runs(self) -> list[str]:
         return [run for run in self.runs() if run != self.fingerprint]
+
+    def used(self, run: str) -> int:
+        """Bytes of the disk that the partial shards of an unfinished merge take."""
+        return sum(entry.used for entry in self.place.list(f"{STATE}/{run}/parts"))
 
     def is_begun(self) -> bool:
         return self.fingerprint in self.runs()

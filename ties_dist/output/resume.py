@@ -5,68 +5,106 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from ties_dist.errors import CheckpointError, OutputError, PlanError
 from ties_dist.messages import listing, readable
 from ties_dist.output.documents import load_document
 from ties_dist.output.folder import BEGUN, OutFolder
+from ties_dist.output.journal import Record, read_journals
 from ties_dist.output.lock import STATE
 from ties_dist.output.manifest import Begun, Stamps
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import OutputShard
 from ties_dist.planning.plan import SEMANTICS_VERSION
 from ties_dist.planning.prepare import Job
+from ties_dist.storage.rehearsal import rehearse
 
 SPARE_BYTES = 64 << 20
 """Journals, companions and the file system's own needs."""
 
 
-def claim(out: OutFolder, job: Job) -> MergeReport | None:
-    """Make OUT ready for this job (called with its lock held), or return the report of the same merge, done before.
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What a job finds in OUT. done: the same merge, finished. begun: it was interrupted. record: what that left."""
 
-    Raises OutputError where OUT holds something else, CheckpointError where inputs changed since an interruption.
+    done: MergeReport | None = None
+    begun: bool = False
+    record: Record = field(default_factory=Record)
+
+
+def gate(out: OutFolder, job: Job) -> Standing:
+    """Whether a job may work in OUT: all that a merge refuses before it works, and `plan` with it. Leaves no trace.
+
+    Raises OutputError where OUT holds something else or cannot be written, CheckpointError where inputs changed since
+    an interruption, PlanError where the disk has no room.
     """
-    out.fence()
-    fresh, overwrite = job.options.fresh, job.options.overwrite
-    done = out.finished()
-    if done is not None and done.fingerprint == out.fingerprint and not (fresh and overwrite):
-        manifest = out.manifest()
-        if changed := _changed(job, manifest.origin.stamps if manifest is not None else {}):
-            raise CheckpointError(
-                listing(
-                    f"OUT {out.place} holds this merge, made before these inputs were written again:",
-                    changed,
-                    "Merge again with --fresh --overwrite, or keep it as it is.",
-                )
-            )
-        out.discard()  # left by a kill between the commit point and the tidying
-        return replace(done, already_done=True)
-    if (others := out.other_runs()) and not fresh:
-        raise _unfinished(out, job, others[0])
-    out.check_strays(job.plan.layout)
-    what = "the finished model of another merge (other recipe, inputs or --max-shard-size)"
-    strange = out.holds_model() and not out.is_begun() and not out.lacks_files()
-    if not overwrite and (done is not None or strange):
-        manifest = out.manifest()
-        if done and manifest is not None and manifest.semantics_version != SEMANTICS_VERSION:
-            what = f"a finished model of another version of ties_dist ({_versions(manifest.semantics_version)})"
-        what = what if done else "model files that no finished merge left"
-        raise OutputError(f"OUT {out.place} holds {what}. Choose another OUT, or replace it with --overwrite.")
-    for run in out.runs() if fresh else ():
-        out.discard(run)
-    begun = _begun(out, out.fingerprint)
+    if (done := _finished(out, job)) is not None:
+        return Standing(done=done)
+    _check_holder(out, job)
+    fresh = job.options.fresh
+    begun = None if fresh else _begun(out, out.fingerprint)
     if changed := _changed(job, begun.stamps if begun is not None else {}):
         raise _inputs_changed(out, changed)
+    record = Record() if fresh else read_journals(out.place, out.run, job.plan.counters.names)
+    _check_space(out, job, record)
+    if any(entry.name == STATE for entry in out.place.list()):
+        rehearse(out.place, STATE, into=STATE)
+    else:
+        rehearse(out.place.standing())
+    return Standing(begun=begun is not None, record=record)
+
+
+def claim(out: OutFolder, job: Job) -> Standing:
+    """Make OUT ready for this job, called with its lock held; of a merge that is done, tidy up. Raises as `gate`."""
+    out.fence()
+    standing = gate(out, job)
+    if standing.done is not None:
+        out.discard()  # left by a kill between the commit point and the tidying
+        return standing
+    for run in out.runs() if job.options.fresh else ():
+        out.discard(run)
     out.place.make(out.parts)
     if job.plan.matrices:
         out.place.make(out.matrices)
-    if begun is None:
+    if not standing.begun:
         note = json.dumps(
             {"recipe": job.recipe.canonical(), "stamps": job.stamps, "semantics_version": SEMANTICS_VERSION}
         )
         out.place.put(_record(out.fingerprint), note.encode())
-    return None
+    return standing
+
+
+def _finished(out: OutFolder, job: Job) -> MergeReport | None:
+    """The report of the same merge, where it is done and not to be done again."""
+    done, options = out.finished(), job.options
+    if done is None or done.fingerprint != out.fingerprint or (options.fresh and options.overwrite):
+        return None
+    manifest = out.manifest()
+    if changed := _changed(job, manifest.origin.stamps if manifest is not None else {}):
+        raise CheckpointError(
+            listing(
+                f"OUT {out.place} holds this merge, made before these inputs were written again:",
+                changed,
+                "Merge again with --fresh --overwrite, or keep it as it is.",
+            )
+        )
+    return replace(done, already_done=True)
+
+
+def _check_holder(out: OutFolder, job: Job) -> None:
+    """Raises OutputError where OUT holds what this job may not discard or replace."""
+    done, options = out.finished(), job.options
+    if (others := out.other_runs()) and not options.fresh:
+        raise _unfinished(out, job, others[0])
+    out.check_strays(job.plan.layout)
+    strange = out.holds_model() and not out.is_begun() and not out.lacks_files()
+    if not options.overwrite and (done is not None or strange):
+        manifest, what = out.manifest(), "the finished model of another merge (other recipe, inputs or --max-shard-size)"
+        if manifest is not None and manifest.semantics_version != SEMANTICS_VERSION:
+            what = f"a finished model of another version of ties_dist ({_versions(manifest.semantics_version)})"
+        what = what if done else "model files that no finished merge left"
+        raise OutputError(f"OUT {out.place} holds {what}. Choose another OUT, or replace it with --overwrite.")
 
 
 def _record(run: str) -> str:
@@ -126,15 +164,21 @@ def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) ->
             out.place.copy(part, out.partial(shard.name))
 
 
-def check_space(out: OutFolder, job: Job, *, publishing: bool) -> None:
-    """Raises PlanError where the disk has no room for what is still to be written. publishing: see `OutFolder.part`."""
-    needed = job.plan.layout.total_bytes + sum(m.nbytes for m in job.plan.matrices.values()) + job.copied.nbytes
-    used = {f"{out.parts}/{e.name}": e.used for e in out.place.list(out.parts)}
-    used |= {e.name: e.used for e in out.place.list()}
-    parts = (out.resumable(shard, publishing=publishing) for shard in job.plan.layout.shards)
-    have = sum(used.get(part, 0) for part in parts if part is not None)
+def _check_space(out: OutFolder, job: Job, record: Record) -> None:
+    """Raises PlanError where the disk has no room for what is still to be written."""
     free = out.place.free()
-    if free is not None and needed - have + SPARE_BYTES > free:
+    if free is None:
+        return
+    have = 0
+    if job.options.fresh:  # what is discarded makes room
+        free += sum(out.used(run) for run in out.runs())
+    else:
+        used = {f"{out.parts}/{e.name}": e.used for e in out.place.list(out.parts)}
+        used |= {e.name: e.used for e in out.place.list()}
+        parts = (out.resumable(shard, publishing=record.publishing) for shard in job.plan.layout.shards)
+        have = sum(used.get(part, 0) for part in parts if part is not None)
+    needed = job.plan.disk_bytes + job.copied.nbytes
+    if needed - have + SPARE_BYTES > free:
         raise PlanError(
             f"the disk of {out.place} has {readable(free)} free; the output needs {readable(needed)}"
             + (f", of which {readable(have)} are there" if have else "")

@@ -29,8 +29,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class PlanKeywords(TypedDict, total=False):
-    """Of `plan`, and of all others."""
+class ReadKeywords(TypedDict, total=False):
+    """Of all functions."""
 
     semantics: str | None
     threads: int | None
@@ -41,18 +41,23 @@ class PlanKeywords(TypedDict, total=False):
     max_shard_size: int | None
 
 
-class AnalyzeKeywords(PlanKeywords, total=False):
+class PlanKeywords(ReadKeywords, total=False):
+    """Of `plan`: what decides on whether a merge may begin."""
+
+    fresh: bool
+    overwrite: bool
+
+
+class AnalyzeKeywords(ReadKeywords, total=False):
     """Of `analyze`."""
 
     cache_dir: Path | str | None
 
 
-class SweepKeywords(AnalyzeKeywords, total=False):
+class SweepKeywords(PlanKeywords, AnalyzeKeywords, total=False):
     """Of `sweep`."""
 
     kernel: KernelKind
-    fresh: bool
-    overwrite: bool
     wait: bool
     trust_journal: bool
 
@@ -66,12 +71,12 @@ class MergeKeywords(SweepKeywords, total=False):
     threshold_pass: ThresholdPass
 
 
-def chosen(keywords: type[PlanKeywords]) -> list[Option]:
+def chosen(keywords: type[ReadKeywords]) -> list[Option]:
     """The options that these are, in the order in which they are told."""
     return [each for each in options_of(RunOptions) if each.name in keywords.__annotations__]
 
 
-def takes(keywords: type[PlanKeywords]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes(keywords: type[ReadKeywords]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For a function with `**options: Unpack[keywords]`: `help` tells of each, and a wrong name is a TypeError."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -153,6 +153,11 @@ class MergePlan:
         return all(ITEM_BYTES[m.views[t.source].dtype] == 2 for m in models for t in self.counted)
 
     @property
+    def disk_bytes(self) -> int:
+        """Of the output's disk: its files, and matrices while they are needed."""
+        return self.layout.total_bytes + sum(m.nbytes for m in self.matrices.values())
+
+    @property
     def reread_bytes(self) -> int | None:
         """What is read between the first and the second read of a byte; None where one read is likely to do."""
         trim = self.needs.trim

@@ -211,9 +211,12 @@ def _pieces(content: str | bytes | memoryview | Iterable[memoryview]) -> Iterabl
 
 def output_error(error: OSError, path: Path) -> OutputError:
     """What to tell a person about a failed write."""
-    if isinstance(error, OutputError):
-        return error
-    reason = {
+    return error if isinstance(error, OutputError) else OutputError(f"cannot write {path}: {why(error)}")
+
+
+def why(error: OSError) -> str:
+    """What a failed system call means here, and what to do."""
+    return {
         errno.ENOSPC: "the disk is full. Free some space and run the same command again: it resumes.",
         errno.EDQUOT: "the disk quota is used up. Free some space and run the same command again: it resumes.",
         errno.EROFS: "the file system is read-only. Make it writable and run again, or choose another OUT.",
@@ -222,4 +225,3 @@ def output_error(error: OSError, path: Path) -> OutputError:
         errno.EACCES: "permission denied. Make it writable or choose another OUT.",
         errno.EFBIG: "the file system, or a limit of this shell (ulimit -f), does not allow a file that large.",
     }.get(error.errno or 0, f"{error.strerror or error}. Mend that and run the same command again: it resumes.")
-    return OutputError(f"cannot write {path}: {reason}")

@@ -53,6 +53,10 @@ class LocalPlace:
         if self.root.exists() and not self.root.is_dir():
             raise OutputError(f"OUT {self} is a file. Choose a folder.")
 
+    def standing(self) -> LocalPlace:
+        above = (self.root.absolute(), *self.root.absolute().parents)
+        return LocalPlace(next(folder for folder in above if folder.exists()))
+
     def list(self, folder: str = "") -> Sequence[Entry]:
         with _reading(self.root / folder):
             try:
@@ -212,8 +216,7 @@ class LocalPlace:
         return self._path(f"{name}/file").parent if name else self.root
 
     def free(self) -> int | None:
-        existing = next(p for p in (self.root.absolute(), *self.root.absolute().parents) if p.exists())
-        return shutil.disk_usage(existing).free
+        return shutil.disk_usage(self.standing().root).free
 
 
 def _entry(found: os.DirEntry[str]) -> Entry | None:

@@ -73,6 +73,10 @@ class Place(Protocol):
         """Raises OutputError where nothing may be written: it is no folder, or lies among the files of these inputs."""
         ...
 
+    def standing(self) -> Place:
+        """Where files can be tried out before the place is made: itself, or what it would be made in."""
+        ...
+
     def list(self, folder: str = "") -> Sequence[Entry]:
         """What lies directly in a folder, by name; nothing where there is no such folder."""
         ...

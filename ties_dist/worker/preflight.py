@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +23,10 @@ from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
 from ties_dist.storage.backends import memory_limit
 from ties_dist.storage.base import Backend
-from ties_dist.storage.place import partial_name
+from ties_dist.storage.rehearsal import rehearse
 from ties_dist.values.inputs import Input
 from ties_dist.values.machine import Machine
 
-PROBE_BYTES = 3 << 12
 COMPARED = ("ties-dist", "numpy", "llvmlite", "torch")
 
 
@@ -97,33 +94,15 @@ def _unmappable(model: Input) -> str | None:
 
 
 def _output(folder: OutFolder, token: str) -> Iterator[str]:
-    """Write at an offset, sync, rename and read back: what a merge does to its partial shards."""
+    """Whether it is the same folder, and can be written here."""
     place, run = folder.place, folder.run
     if place.size(f"{run}/{token}") is None:
         yield f"{place}: not the folder it is where the merge was started; OUT must be on a shared file system"
         return
-    probe = f"probe-{os.uname().nodename}-{os.getpid()}"
-    part, moved = f"{run}/{partial_name(probe)}", f"{run}/{probe}"
-    step = "created"
     try:
-        with closing(place.writer(run)) as writer:
-            writer.create(probe, PROBE_BYTES)
-            step = "written at an offset"
-            writer.write(probe, 2 << 12, memoryview(b"ties"))
-            step = "synced"
-            writer.sync([probe])
-        step = "renamed"
-        place.publish(part, moved)
-        step = "read back"
-        if bytes(place.reader(run).read(probe, 2 << 12, PROBE_BYTES).view[:4]) != b"ties":
-            raise OutputError("not what was written")
-    except (OSError, CheckpointError) as error:
-        reason = error.__cause__ or error
-        yield f"{place}: a file here cannot be {step}: {getattr(reason, 'strerror', None) or reason}"
-    finally:
-        for name in (part, moved):
-            with suppress(OutputError):
-                place.remove(name)
+        rehearse(place, run, into=run)
+    except OutputError as error:
+        yield str(error)
 
 
 def _memory(needed: int) -> Iterator[str]:
