@@ -121,8 +121,8 @@ class Settings(BaseModel):
     # Command lines: what of the command line the objects use, nothing else
 
     def plan(self) -> list[str]:
-        """Finds users' mistakes from headers alone, on one small CPU."""
-        return ["ties-dist", "plan", self.recipe, self.out, "--memory-budget", self.memory_budget]
+        """Finds users' mistakes from headers alone, on one small CPU, and an OUT that the merge would refuse."""
+        return ["ties-dist", "plan", self.recipe, self.out, "--memory-budget", self.memory_budget, *self._further()]
 
     def merge_ray(self, *, gpu: bool) -> list[str]:
         """`--wait`: a false failure can start a second driver beside the first, which then waits for the lock."""

@@ -22,7 +22,11 @@ out=${2:?usage: sbatch slurm.sh RECIPE OUT [OPTIONS OF ties-dist merge]}
 shift 2
 attempts=${TIES_DIST_ATTEMPTS:-10}
 
-ties-dist plan "$recipe" "$out"
+may=() # what decides on whether OUT may be used
+for option in "$@"; do
+    case $option in --overwrite | --fresh) may+=("$option") ;; esac
+done
+ties-dist plan "$recipe" "$out" "${may[@]}"
 
 export RAY_USAGE_STATS_ENABLED=0 OMP_WAIT_POLICY=passive
 head=${SLURMD_NODENAME:-$(hostname)}
