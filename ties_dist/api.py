@@ -10,6 +10,7 @@ from typing import Unpack
 from ties_dist.engine.forecast import PlanReport, forecast
 from ties_dist.engine.run import run
 from ties_dist.executors.create import staff
+from ties_dist.inputs.survey import Survey
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.keywords import MergeKeywords, PlanKeywords, takes
 from ties_dist.planning.options import RunOptions
@@ -59,7 +60,18 @@ def plan(
 ) -> PlanReport:
     """What `merge` would do, from headers and a few pages; with `sample`, more pages of every model.
 
+    Of models on the hub that are not in its cache no weights are downloaded.
+
     Raises what `merge` would before it starts to work.
     """
-    job = prepare(as_source(recipe), RunOptions(**options), prove=False)
-    return forecast(job, None if out is None else LocalPlace(Path(out)), sample=sample)
+    with Survey() as survey:
+        job = prepare(as_source(recipe), RunOptions(**options), fetch=survey.fetch, reader=survey.reader, prove=False)
+        survey.check(sample=sample)
+        place = None if out is None else LocalPlace(Path(out))
+        return forecast(
+            job,
+            place,
+            sample=sample,
+            download_bytes=survey.download_bytes,
+            coming_bytes=survey.onto(place.standing().root) if place is not None else 0,
+        )

@@ -41,6 +41,7 @@ MAY_IMPORT = {
         *(
             "inputs/opening.py",
             "inputs/companions.py",
+            "inputs/survey.py",
             "planning/prepare.py",
             "checkpoints/catalogue.py",
             "checkpoints/elsewhere.py",

@@ -209,6 +209,7 @@ def plan_table(report: PlanReport) -> None:
         "memory": f"{readable(report.projected_bytes)} projected per worker (budget {readable(report.memory_budget)})",
         "disk": f"{readable(report.disk_needed_bytes)} needed"
         + (f", {readable(report.disk_free_bytes)} free" if report.disk_free_bytes is not None else ""),
+        **({"downloads": f"{readable(report.download_bytes)} into the hub's cache"} if report.download_bytes else {}),
         **({"OUT holds": report.out_holds} if report.out_holds is not None else {}),
         "fingerprint": report.fingerprint or "known once that is proven",
     }

@@ -39,7 +39,8 @@ class PlanReport:
     """What a merge will do. passes and bytes: best and worst case. disk_free_bytes, out_holds: None without an OUT.
 
     unproven: each `A is B`; elements and what follows from them hold if it is so, which a merge finds out by reading
-    proof_bytes. The fingerprint is None until then.
+    proof_bytes. The fingerprint is None until then. download_bytes: that the hub's cache will still take;
+    disk_needed_bytes has them too where they go to OUT's disk.
     companions: files of the base that go beside the weights, with their sizes in bytes.
     """
 
@@ -67,12 +68,18 @@ class PlanReport:
     sample: Sample | None = None
     unproven: tuple[str, ...] = ()
     proof_bytes: int = 0
+    download_bytes: int = 0
 
 
-def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
-    """sample: read some pages, too. Raises what a merge into OUT would before it works."""
+def forecast(
+    job: Job, out: Place | None, *, sample: bool, download_bytes: int = 0, coming_bytes: int = 0
+) -> PlanReport:
+    """sample: read some pages, too. download_bytes: of the inputs; coming_bytes: those of them onto OUT's disk.
+
+    Raises what a merge into OUT would before it works.
+    """
     chosen = job.plan
-    found = None if out is None else _look(out, job)
+    found = None if out is None else _look(out, job, coming_bytes)
     passes = _passes(chosen)
     return PlanReport(
         method=chosen.method.name,
@@ -91,7 +98,7 @@ def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
         memory_budget=chosen.memory_budget,
         threads=chosen.threads,
         companions=job.copied.sizes,
-        disk_needed_bytes=chosen.disk_bytes + job.copied.nbytes,
+        disk_needed_bytes=chosen.disk_bytes + job.copied.nbytes + coming_bytes,
         disk_free_bytes=None if out is None else out.free(),
         out_holds=found.holds if found is not None else None,
         fingerprint=None if job.unproven else chosen.fingerprint,
@@ -99,6 +106,7 @@ def forecast(job: Job, out: Place | None, *, sample: bool) -> PlanReport:
         sample=_sample(job) if sample else None,
         unproven=tuple(dict.fromkeys(f"{each.right} is {each.left}" for each in job.unproven)),
         proof_bytes=sum(each.nbytes for each in job.unproven),
+        download_bytes=download_bytes,
     )
 
 
@@ -132,13 +140,13 @@ class _Look(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _look(out: Place, job: Job) -> _Look:
+def _look(out: Place, job: Job, coming_bytes: int) -> _Look:
     """Raises as `gate` does. A lock is told, not refused: who holds it may be done before the merge begins."""
     folder = OutFolder(place=out, fingerprint=job.plan.fingerprint)
     folder.check(job.plan.models)
     for last in (False, True):
         try:
-            gate(folder, job)
+            gate(folder, job, coming_bytes)
         except FileNotFoundError:  # journals that vanish were published just now
             if last:
                 raise OutputError(f"OUT {out} changes faster than it can be looked at. Ask again.") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ties_dist.adapters.merging import open_alone
 from ties_dist.adapters.peft import Adapter, adapt, read_adapter
-from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
+from ties_dist.checkpoints.catalogue import Checkpoint, FileHeader, open_checkpoint
 from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.aliases import lone_embedding, with_every_name
@@ -19,7 +19,7 @@ from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRe
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
 from ties_dist.storage.arrays import GROUP_FILE
 from ties_dist.storage.backends import SMALL_MODEL, choose, file_sizes, look
-from ties_dist.storage.base import Backend
+from ties_dist.storage.base import Backend, Reader
 from ties_dist.storage.digests import digest
 from ties_dist.storage.readers import open_reader
 from ties_dist.values.inputs import Input
@@ -30,9 +30,15 @@ logger = logging.getLogger(__name__)
 SAMPLED_PAGES = 16
 """Pages of each file that go into its identity, beside header and size."""
 PAGE_BYTES = 4096
+GONE = (-1, -1)
 
 
-def open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[list[Checkpoint], list[str]]:
+OpenReader = Callable[[Path, Backend], Reader]
+
+
+def open_all(
+    references: Sequence[ModelReference], backend: Backend, reader: OpenReader = open_reader
+) -> tuple[list[Checkpoint], list[str]]:
     """Checkpoints in the order of the references, each path opened once; all their problems in one error."""
     known: dict[tuple[Path, Path | None], tuple[Checkpoint, str] | None] = {}
     problems = []
@@ -41,7 +47,7 @@ def open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[li
         if key in known:
             continue
         try:
-            known[key] = open_input(reference.path, reference.adapter, reference.name, backend)
+            known[key] = open_input(reference.path, reference.adapter, reference.name, backend, reader)
         except CheckpointError as error:
             known[key] = None
             problems.append(str(error))
@@ -51,7 +57,9 @@ def open_all(references: Sequence[ModelReference], backend: Backend) -> tuple[li
     return [checkpoint for checkpoint, _ in found], [identity for _, identity in found]
 
 
-def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) -> tuple[Checkpoint, str]:
+def open_input(
+    path: Path, adapter: Path | None, name: str, backend: Backend, reader: OpenReader = open_reader
+) -> tuple[Checkpoint, str]:
     """The catalogue and the identity of a model, adapted or not, of an adapter or of statistics.
 
     Raises CheckpointError.
@@ -60,12 +68,12 @@ def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) ->
         store = ExpertStatistics.open(path)
         return store.as_checkpoint(name), store.identity
     if adapter is None and is_adapter(path):
-        alone = read_adapter(path, name, open_reader)
+        alone = read_adapter(path, name, lambda place: reader(place, "auto"))
         return open_alone(alone, name), digest(repr([identify(alone.tensors), sorted(alone.config.items())]).encode())
     if adapter is None:
-        checkpoint = open_checkpoint(path, name=name, reader=lambda place: open_reader(place, backend))
+        checkpoint = open_checkpoint(path, name=name, reader=lambda place: reader(place, backend))
         return checkpoint, identify(checkpoint)
-    base, found = _open_adapted(path, adapter, name, backend)
+    base, found = _open_adapted(path, adapter, name, backend, reader)
     parts = [identify(base), identify(found.tensors), sorted(found.config.items())]
     named = with_every_name(base, found.targets, found.classes)
     if (lone := lone_embedding(named, found.targets, found.classes)) is not None:
@@ -76,9 +84,11 @@ def open_input(path: Path, adapter: Path | None, name: str, backend: Backend) ->
     return adapt(named, found, name), digest(repr(parts).encode())
 
 
-def _open_adapted(path: Path, adapter: Path, name: str, backend: Backend) -> tuple[Checkpoint, Adapter]:
-    base = open_checkpoint(path, name=path.stem, reader=lambda place: open_reader(place, backend))
-    return base, read_adapter(adapter, name, open_reader)
+def _open_adapted(
+    path: Path, adapter: Path, name: str, backend: Backend, reader: OpenReader
+) -> tuple[Checkpoint, Adapter]:
+    base = open_checkpoint(path, name=path.stem, reader=lambda place: reader(place, backend))
+    return base, read_adapter(adapter, name, lambda place: reader(place, "auto"))
 
 
 def identify(checkpoint: Checkpoint) -> str:
@@ -86,15 +96,21 @@ def identify(checkpoint: Checkpoint) -> str:
     parts = []
     for file in sorted(checkpoint.files):
         header = checkpoint.files[file]
-        pages = random.Random(f"{header.header_digest}{header.size}")
         sampled = []
-        for _ in range(SAMPLED_PAGES if header.size > header.data_start else 0):
-            start = pages.randrange(header.data_start, header.size)
-            span = checkpoint.opened.read(Piece(0, file, start, min(start + PAGE_BYTES, header.size)))
+        for start, stop in pages_of(header):
+            span = checkpoint.opened.read(Piece(0, file, start, stop))
             sampled.append(digest(span.view))
             span.release()
         parts.append([header.identity, sampled])
     return digest(repr(parts).encode())
+
+
+def pages_of(header: FileHeader) -> list[tuple[int, int]]:
+    """The ranges of a file that go into its identity."""
+    draw = random.Random(f"{header.header_digest}{header.size}")
+    count = SAMPLED_PAGES if header.size > header.data_start else 0
+    starts = [draw.randrange(header.data_start, header.size) for _ in range(count)]
+    return [(start, min(start + PAGE_BYTES, header.size)) for start in starts]
 
 
 def contents_of(references: Sequence[ModelReference], identities: Sequence[str]) -> list[str]:
@@ -147,14 +163,14 @@ def _is_model(path: Path) -> bool:
 def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
     """Size and modification time of every file that is read, by `model/file`: they change when the file does.
 
-    (-1, -1) for a file that is gone.
+    `GONE` for a file that is not there.
     """
     stamps = {}
     for model in models:
         for file in files_of(model):
             folder = Path(model.path)
             name = f"{model.name}/{file.relative_to(folder) if folder in file.parents else file.name}"
-            stamps[name] = (-1, -1)
+            stamps[name] = GONE
             with suppress(OSError):
                 found = file.stat()
                 stamps[name] = (found.st_size, found.st_mtime_ns)

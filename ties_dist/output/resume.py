@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ties_dist.errors import CheckpointError, OutputError, PlanError
+from ties_dist.inputs.opening import GONE
 from ties_dist.messages import listing, readable
 from ties_dist.output.documents import load_document
 from ties_dist.output.folder import BEGUN, OutFolder
@@ -33,9 +34,10 @@ class Standing:
     record: Record = field(default_factory=Record)
 
 
-def gate(out: OutFolder, job: Job) -> Standing:
+def gate(out: OutFolder, job: Job, coming_bytes: int = 0) -> Standing:
     """Whether a job may work in OUT: all that a merge refuses before it works, and `plan` with it. Leaves no trace.
 
+    coming_bytes: that inputs, once downloaded, will take of OUT's disk.
     Raises OutputError where OUT holds something else or cannot be written, CheckpointError where inputs changed since
     an interruption, PlanError where the disk has no room.
     """
@@ -47,7 +49,7 @@ def gate(out: OutFolder, job: Job) -> Standing:
     if changed := _changed(job, begun.stamps if begun is not None else {}):
         raise _inputs_changed(out, changed)
     record = Record() if fresh else read_journals(out.place, out.run, job.plan.counters.names)
-    _check_space(out, job, record)
+    _check_space(out, job, record, coming_bytes)
     if any(entry.name == STATE for entry in out.place.list()):
         rehearse(out.place, STATE, into=STATE)
     else:
@@ -122,8 +124,8 @@ def _begun(out: OutFolder, run: str) -> Begun | None:
 
 
 def _changed(job: Job, before: Stamps) -> list[str]:
-    """Input files whose size or time is not what an interrupted run saw."""
-    return sorted(name for name, stamp in job.stamps.items() if name in before and before[name] != stamp)
+    """Input files whose size or time is not what an interrupted run saw; of what is not downloaded nothing is known."""
+    return sorted(name for name, stamp in job.stamps.items() if before.get(name, stamp) != stamp != GONE)
 
 
 def _inputs_changed(out: OutFolder, changed: Sequence[str]) -> CheckpointError:
@@ -167,7 +169,7 @@ def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) ->
             out.place.copy(part, out.partial(shard.name))
 
 
-def _check_space(out: OutFolder, job: Job, record: Record) -> None:
+def _check_space(out: OutFolder, job: Job, record: Record, coming_bytes: int) -> None:
     """Raises PlanError where the disk has no room for what is still to be written."""
     free = out.place.free()
     if free is None:
@@ -181,10 +183,11 @@ def _check_space(out: OutFolder, job: Job, record: Record) -> None:
         parts = (out.resumable(shard, publishing=record.publishing) for shard in job.plan.layout.shards)
         have = sum(used.get(part, 0) for part in parts if part is not None)
     needed = job.plan.disk_bytes + job.copied.nbytes
-    if needed - have + SPARE_BYTES > free:
+    if needed - have + coming_bytes + SPARE_BYTES > free:
         raise PlanError(
             f"the disk of {out.place} has {readable(free)} free; the output needs {readable(needed)}"
             + (f", of which {readable(have)} are there" if have else "")
+            + (f", inputs that are to be downloaded there {readable(coming_bytes)}" if coming_bytes else "")
             + f", and {readable(SPARE_BYTES)} to spare. Free some space (a model that is replaced stays until the new "
             "one is whole), or choose another OUT."
         )

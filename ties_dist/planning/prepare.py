@@ -16,7 +16,7 @@ from ties_dist.inputs.aliases import Aliases, find_aliases
 from ties_dist.inputs.companions import Companions, find_companions
 from ties_dist.inputs.congruence import MergeSet, compare, compare_bytes
 from ties_dist.inputs.equality import Equality, Unproven
-from ties_dist.inputs.opening import contents_of, open_all, stamp_inputs
+from ties_dist.inputs.opening import OpenReader, contents_of, open_all, stamp_inputs
 from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
@@ -31,6 +31,7 @@ from ties_dist.recipe.recipe import Recipe, Setting, layer_depths, load_recipe
 from ties_dist.recipe.references import ADAPTER_WEIGHTS, Location, fetch
 from ties_dist.statistics.answers import FOLDER, Answers
 from ties_dist.statistics.collected import ExpertStatistics, how_to_collect
+from ties_dist.storage.readers import open_reader
 from ties_dist.values.numbers import TensorNumbers
 
 
@@ -66,10 +67,11 @@ def prepare(
     resources: Resources | None = None,
     root: Path | None = None,
     fetch: Callable[[Location], Path] = fetch,
+    reader: OpenReader = open_reader,
     prove: bool = True,
     publishes: bool = True,
 ) -> Job:
-    """Read a recipe and all headers. root: see `load_recipe`. fetch: finds a model.
+    """Read a recipe and all headers. root: see `load_recipe`. fetch, reader: find and open a model.
 
     resources: of the worker processes, where the options alone do not say them. prove: whether what looks like one
     parameter under two names is compared byte by byte. publishes: whether there will be an output, in which files stand
@@ -81,7 +83,7 @@ def prepare(
     methods = known_methods(allow_external=options.allow_external_methods)
     chosen = load_recipe(recipe, methods=methods, semantics=options.semantics, root=root, fetch=fetch)
     references = models_of(chosen)
-    opened, identities = open_all(references, options.read_backend)
+    opened, identities = open_all(references, options.read_backend, reader)
     kept = Answers(options.cache / FOLDER)
     equality = Equality(kept=kept, contents=contents_of(references, identities), proves=prove)
     job = assemble(chosen, opened, identities, options, resources, equality)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ties_dist.errors import RecipeError
+from ties_dist.recipe.hub import Repository, check_room, list_files
 
 # `org/name` or `org/name@revision`; the hub's own rule is [\w.-]+, and a leading dot would be a path.
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
@@ -140,30 +141,50 @@ def _locate_pair(text: str, roots: Sequence[Path], where: str) -> Location | str
     return f"'{text}' is read as model+adapter, but {wrong}"
 
 
-def fetch(location: Location) -> Path:
+def find(location: Location) -> Repository | Exception:
+    """What a hub has of a model, or why that cannot be told."""
+    repository, revision = location.identity
+    try:
+        return list_files(repository, revision, wanted=_WANTED, unwanted=_UNWANTED)
+    except Exception as error:  # the hub's, the network's and the disk's errors share no root
+        return error
+
+
+def fetch(location: Location, *, offline: bool = False) -> Path:
     """The model's folder or file, downloaded if need be. Raises RecipeError naming both interpretations tried.
 
-    huggingface_hub decides on cache, offline mode (HF_HUB_OFFLINE) and credentials.
+    huggingface_hub decides on cache, offline mode (HF_HUB_OFFLINE) and credentials. offline: take the cache's.
+    Raises PlanError where there is no room for it.
     """
     if location.path is not None:
         return location.path
     from huggingface_hub import snapshot_download  # here, because importing it costs a second of `--help`
 
     repository, revision = location.identity
+    found = None if offline else find(location)
+    if isinstance(found, Repository):
+        check_room(sum(found.absent.values()))
     try:
         folder = snapshot_download(
             repository,
             revision=revision,
             ignore_patterns=list(_UNWANTED),
+            local_files_only=offline,
         )
-    except Exception as error:  # the hub's, the network's and the disk's errors share no root
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise RecipeError(
-            f"{location.where}: '{location.text}' is neither a local path (no {_places(location.tried)}) nor could "
-            f"'{repository}'{f' at revision {revision!r}' if revision else ''} be fetched from the Hugging Face hub: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+    except Exception as error:  # they share no root here either
+        raise unreachable(location, error) from error
     return Path(folder).absolute()
+
+
+def unreachable(location: Location, error: Exception) -> RecipeError:
+    """What to say of a model that is neither here nor to be had."""
+    repository, revision = location.identity
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return RecipeError(
+        f"{location.where}: '{location.text}' is neither a local path (no {_places(location.tried)}) nor could "
+        f"'{repository}'{f' at revision {revision!r}' if revision else ''} be fetched from the Hugging Face hub: "
+        f"{type(error).__name__}: {reason}"
+    )
 
 
 def _places(tried: Sequence[Path]) -> str:
