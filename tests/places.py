@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ties_dist.errors import OutputError
 from ties_dist.storage.base import Reader
 from ties_dist.storage.memory import MemoryReader
-from ties_dist.storage.place import Check, Entry, partial_name, unchecked
+from ties_dist.storage.place import Check, Entry, Keeping, partial_name, unchecked
 
 
 @dataclass
@@ -18,6 +18,7 @@ class DictPlace:
     """files: by name; folders: those that were made. As a disk has it, nothing is written where no folder is."""
 
     reads_parts: bool = True
+    keeps: Keeping = "disk"
     files: dict[str, bytearray] = field(default_factory=dict)
     folders: set[str] = field(default_factory=lambda: {""})
     _changed: dict[str, int] = field(default_factory=dict)

@@ -98,6 +98,8 @@ def _switch(option: Option, help: str | None = None) -> Decorator:
         return click.option(
             declared, option.name, type=read, multiple=True, callback=_mapping, metavar=said.metavar, help=help
         )
+    if get_origin(option.kind) is tuple:
+        return click.option(declared, option.name, multiple=True, metavar=said.metavar, help=help)
     if option.default is None:
         help = f"{help}  [default: {option.default_text}]"
     return click.option(

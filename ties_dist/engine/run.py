@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ties_dist.engine.passes import Passes
 from ties_dist.engine.reporting import describe
+from ties_dist.engine.reread import reread
 from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError
 from ties_dist.executors.base import Executor
 from ties_dist.inputs.opening import stamp_inputs
@@ -198,6 +199,7 @@ def publish(run: Run, passes: Passes, began: float) -> MergeReport:
     job, layout, blocks = run.job, run.job.plan.layout, blocks_by_file(passes.results.values())
     for shard in layout.shards:
         assert len(blocks[shard.name]) == -(-shard.size // BLOCK_BYTES), "every byte in exactly one unit"
+    reread(run.folder, layout.shards, blocks, passes.executor.usage, passes.progress)
     for remark in passes.remarks:
         logger.info("%s", remark)
     report = _report(job, passes, blocks, time.monotonic() - began)

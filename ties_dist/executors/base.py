@@ -142,7 +142,8 @@ class Usage:
     """Of the other processes that an executor runs, if it does. peak_rss_bytes: of the largest of them.
 
     elsewhere: whether they write, so that a write may outlive this process. unanswered: merges that were given out, by
-    order; where a worker was lost with one, bytes of it may reach the disk at any time.
+    order; where a worker was lost with one, bytes of it may reach the disk at any time. nodes: that had a worker;
+    proven: that wrote into one file together, and read it right.
     """
 
     workers: int | None = None
@@ -150,6 +151,13 @@ class Usage:
     peak_rss_bytes: int = 0
     elsewhere: bool = False
     unanswered: dict[int, tuple[MergeTask, ...]] = field(default_factory=dict)
+    nodes: set[str] = field(default_factory=set)
+    proven: frozenset[str] = frozenset()
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether all nodes that had a worker have been seen to keep each other's writes."""
+        return bool(self.proven) and self.nodes <= self.proven
 
 
 class Executor(Protocol):

@@ -190,6 +190,7 @@ class FleetExecutor:
 
     def _join(self, event: Joined) -> None:
         self.members[event.worker] = Member(event.worker, event.node)
+        self.usage.nodes.add(event.node)
         logger.info("worker %s is ready on node %s: %s", event.worker, event.node, event.facts)
 
     def _check_anyone(self, since: float) -> None:

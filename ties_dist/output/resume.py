@@ -21,6 +21,8 @@ from ties_dist.planning.plan import SEMANTICS_VERSION
 from ties_dist.planning.prepare import Job
 from ties_dist.storage.rehearsal import rehearse
 
+WRITE_BACK = "write-back"
+"""The word that allows an OUT on a cache that stores later what it acknowledges."""
 SPARE_BYTES = 64 << 20
 """Journals, companions and the file system's own needs."""
 
@@ -43,6 +45,11 @@ def gate(out: OutFolder, job: Job, coming_bytes: int = 0) -> Standing:
     """
     if (done := _finished(out, job)) is not None:
         return Standing(done=done)
+    if out.place.keeps == "cache" and WRITE_BACK not in job.recipe.options.allow:
+        raise OutputError(
+            f"OUT {out.place} lies on a mount that acknowledges what is only in its cache: a model is lost, unseen, "
+            f"with the mount's process. Choose another OUT and copy the model there, or --allow {WRITE_BACK}."
+        )
     _check_holder(out, job)
     fresh = job.options.fresh
     begun = None if fresh else _begun(out, out.fingerprint)

@@ -37,6 +37,7 @@ class ReadKeywords(TypedDict, total=False):
     memory_budget: int
     unit_size: int | None
     read_backend: Backend
+    allow: tuple[str, ...]
     allow_external_methods: bool
     max_shard_size: int | None
 

@@ -74,7 +74,7 @@ class Option:
         """As a person writes it on the command line; None where there is nothing to say."""
         if self.default is None:
             return self.said.unset
-        if isinstance(self.default, bool | Mapping):
+        if isinstance(self.default, bool | Mapping | tuple):
             return None
         if isinstance(self.default, int) and self.said.unit == "bytes":
             return readable(self.default)
@@ -159,6 +159,10 @@ class RunOptions:
     read_backend: Backend = field(
         default="auto",
         metadata=said("How inputs are read; direct: past the page cache; auto: by what of them it holds."),
+    )
+    allow: tuple[str, ...] = field(
+        default=(),
+        metadata=said("A word that a refusal named: no obstacle any more; repeatable.", metavar="WORD"),
     )
     allow_external_methods: bool = field(
         default=False, metadata=said("Run `merge_method: package.module:Class` from other packages.")

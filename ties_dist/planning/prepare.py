@@ -86,7 +86,7 @@ def prepare(
     opened, identities = open_all(references, options.read_backend, reader)
     kept = Answers(options.cache / FOLDER)
     equality = Equality(kept=kept, contents=contents_of(references, identities), proves=prove)
-    job = assemble(chosen, opened, identities, options, resources, equality)
+    job = assemble(chosen.allowing(options.allow), opened, identities, options, resources, equality)
     copied = _copied(chosen, opened) if publishes else Companions()
     return replace(job, copied=copied, notes=(*job.notes, *copied.notes))
 

@@ -34,6 +34,8 @@ class Options(BaseModel):
     aggregate: Literal["mean", "sum", "max", "average"] = "mean"
     exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     vocab: Literal["error", "truncate"] = "error"
+    allow: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Words of refusals that are no obstacle."""
     non_float: Literal["error", "base"] = "error"
     output: Literal["model", "adapter"] = "model"
     gram: Literal["mean", "sum"] = "mean"
@@ -49,7 +51,7 @@ class Options(BaseModel):
 
 
 COMMON_OPTIONS = frozenset(
-    ("semantics", "exclude", "vocab", "non_float", "output", "companions", "tie_word_embeddings")
+    ("semantics", "exclude", "vocab", "non_float", "output", "allow", "companions", "tie_word_embeddings")
 )
 """Those that every method understands."""
 
@@ -84,9 +86,9 @@ def complete_options(
 ) -> Options:
     """The block (known keys only) completed by the preset it names, or by `override`, the command line's."""
     given = dict(block)
-    for key in ("exclude", "companions"):
-        if isinstance(given.get(key), list):
-            given[key] = tuple(cast("list[object]", given[key]))
+    for name in ("exclude", "allow", "companions"):
+        if isinstance(given.get(name), list):
+            given[name] = tuple(cast("list[object]", given[name]))
     if override is not None:
         if override not in PRESETS:
             problems.append(f"--semantics: no semantics '{override}'; {nearest(override, list(PRESETS))}")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -121,7 +121,11 @@ class Recipe:
             "out_dtype": self.out_dtype,
             "ties_dist": self._options()
             | ({"elect_from": self.elect_from.text} if self.elect_from else {})
-            | {key: list(globs) for key in ("exclude", "companions") if (globs := getattr(self.options, key))},
+            | {
+                name: list(given)
+                for name in ("exclude", "allow", "companions")
+                if (given := getattr(self.options, name))
+            },
         }
         given = {key: value for key, value in document.items() if value not in (None, {})}
         return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
@@ -135,12 +139,17 @@ class Recipe:
 
     def _options(self) -> dict[str, object]:
         """The options that this method understands and that are in force; `elect` is not beside `elect_from`."""
-        apart = {"exclude", "companions", "elect_from"} | ({"elect"} if self.elect_from else set())
+        apart = {"exclude", "allow", "companions", "elect_from"} | ({"elect"} if self.elect_from else set())
         # Fingerprints and copies of recipes as before there was a choice.
         new = ("output", "tie_word_embeddings", "density_of")
         apart |= {name for name in new if name not in self.options.chosen}
         understood = (self.spec.options | COMMON_OPTIONS) - apart
         return {name: value for name, value in self.options.model_dump().items() if name in understood}
+
+    def allowing(self, words: Collection[str]) -> Recipe:
+        """The same, with the words that the command line allows: the copy in OUT has them, too."""
+        allow = tuple(dict.fromkeys((*self.options.allow, *words)))
+        return replace(self, options=self.options.model_copy(update={"allow": allow}))
 
     def _effective(self, settings: Mapping[str, Setting]) -> dict[str, object]:
         """Without parameters that do nothing, and without `normalize` where `aggregate` says it."""

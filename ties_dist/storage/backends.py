@@ -25,6 +25,12 @@ from ties_dist.storage.buffers import ALIGNMENT, Buffers
 Chosen = Literal["mmap", "pread", "direct"]
 
 NETWORK = ("nfs", "lustre", "cifs", "smb", "ceph", "gluster", "fuse", "9p", "beegfs", "gpfs", "afs", "virtiofs")
+DISKS = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "tmpfs", "ramfs", "overlay", "apfs")
+)
+"""File systems of one machine, which keep what they have synced."""
+WRITE_BACK = frozenset(("fuse.rclone", "fuse.s3ql"))
+"""Acknowledge a sync when bytes are in a cache of theirs: they are stored later, or lost with the mount's process."""
 SMALL_MODEL = 256 << 20
 """Bytes that take a fraction of a second either way, and are left in the page cache for the next run."""
 MOSTLY_CACHED = 0.5
@@ -163,13 +169,18 @@ def open_direct(file: Path) -> int:
 
 def is_network(path: Path) -> bool:
     """Whether a path lies on a file system served over a network or by a user process."""
+    return mount_kind(path).startswith(NETWORK)
+
+
+def mount_kind(path: Path) -> str:
+    """The kind of file system that a path lies on; empty where that cannot be told."""
     target = str(path.resolve())
     mounts = [
         p
         for p in psutil.disk_partitions(all=True)
         if target == p.mountpoint or target.startswith(p.mountpoint.rstrip("/") + "/")
     ]
-    return bool(mounts) and max(mounts, key=lambda p: len(p.mountpoint)).fstype.lower().startswith(NETWORK)
+    return max(mounts, key=lambda p: len(p.mountpoint)).fstype.lower() if mounts else ""
 
 
 def memory_limit(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ties_dist.errors import CheckpointError, OutputError
+from ties_dist.storage.backends import DISKS, WRITE_BACK, mount_kind
 from ties_dist.storage.base import Reader, Writer
 from ties_dist.storage.links import followed, open_itself
 from ties_dist.storage.local import LocalWriter, copy_sparse, output_error, sync_folder, write_durably
-from ties_dist.storage.place import Check, Entry, unchecked
+from ties_dist.storage.place import Check, Entry, Keeping, unchecked
 from ties_dist.storage.readers import open_reader
 
 GUARD_POLL_SECONDS = 0.01
@@ -40,6 +41,11 @@ class LocalPlace:
 
     def __reduce__(self) -> tuple[Callable[[Path], LocalPlace], tuple[Path]]:
         return LocalPlace, (self.root.absolute(),)
+
+    @property
+    def keeps(self) -> Keeping:
+        kind = mount_kind(self.standing().root)
+        return "disk" if kind in DISKS else "cache" if kind in WRITE_BACK else "shared"
 
     def check(self, inputs: Sequence[str]) -> None:
         target = self.root.resolve()

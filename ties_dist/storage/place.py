@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ties_dist.storage.base import Reader, Writer
 
 Check = Callable[[], None]
 """Raises where a step must not be taken any more, since another driver has taken over."""
+
+
+Keeping = Literal["disk", "shared", "cache"]
 
 
 def unchecked() -> None:
@@ -67,6 +70,12 @@ class Place(Protocol):
 
         Where not, a writer's `create` begins it anew.
         """
+        ...
+
+    @property
+    def keeps(self) -> Keeping:
+        """Who keeps what is synced: a disk of this machine, something that other machines see, or a cache that stores
+        it later, and loses it when its process ends."""
         ...
 
     def check(self, inputs: Sequence[str]) -> None:
