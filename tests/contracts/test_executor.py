@@ -143,7 +143,16 @@ class CountingFold:
 
 Sums = Ledger[WorkItem, Observation]
 NO_STEP = CountingStep()
-NOWHERE = cast(Workplace[object], None)
+
+
+class Nowhere:
+    """A workplace of those that have nothing to prove."""
+
+    def rounds(self, nodes: int) -> tuple[()]:
+        return ()
+
+
+NOWHERE = cast(Workplace[object], Nowhere())
 
 
 class ExecutorContract:

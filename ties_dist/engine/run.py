@@ -164,7 +164,10 @@ def open_run(
         adopt(folder, job.plan.layout.shards, publishing=record.publishing)
         lock.settle(doubts)
     site = Site(plan=job.plan, resources=job.resources, folder=folder, holder=lock.me)
-    executor.start(site)
+    try:
+        executor.start(site)
+    finally:
+        site.tidy()
     step, journal = site.open(gpus), Journal(folder.place, folder.run, lock.token, job.plan.counters.names)
     with closing(step.writer), _discarding(folder, lock, on=NumericError):
         yield Run(job=job, folder=folder, lock=lock, record=record, journal=journal, step=step)

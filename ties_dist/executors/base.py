@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from ties_dist.errors import StoppedError
-from ties_dist.values.items import MergeTask, Portion
+from ties_dist.values.items import MergeTask, Portion, Seat
 from ties_dist.values.machine import Machine
 
 if TYPE_CHECKING:
@@ -126,6 +126,13 @@ class Workplace(Protocol[_Bench]):
 
     def away(self) -> Self:
         """As it travels to other machines, with what they are to compare theirs with. Called once, by the driver."""
+        ...
+
+    def rounds(self, nodes: int) -> Sequence[Call[Any, Seat, str | None]]:
+        """What so many nodes are asked together before they work, one after another: what each found wrong, or None.
+
+        Called once, by the driver; where it is empty, nothing is proven.
+        """
         ...
 
     def inspect(self, *, gpus: int = 0) -> Machine:

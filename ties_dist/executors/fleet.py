@@ -34,6 +34,7 @@ from ties_dist.executors.base import (
 )
 from ties_dist.executors.board import Pass
 from ties_dist.executors.orders import Add, Answer, Ask, Event, Joined, Kind, Lost, Merge, Order
+from ties_dist.executors.together import Together, prove, seated
 from ties_dist.messages import listing
 from ties_dist.values.items import MergeTask, Portion
 
@@ -186,7 +187,21 @@ class FleetExecutor:
         if problems:
             told = [f"node {node}: {problem}" for node, found in sorted(problems.items()) for problem in found]
             raise PlanError(listing("some nodes cannot do this merge:", told, "Mend them, or keep them out of it."))
+        self.usage.proven = prove({m.node: m for m in self.members.values()}, workplace, self._ask_together)
         self._alone_since = self.fleet.now()
+
+    def _ask_together(self, members: Sequence[Member], function: Together) -> dict[int, str | None]:
+        """All of them at the same time; who is lost, or fails, gives no answer."""
+        asked = seated(function, len(members))
+        for at, member in enumerate(members):
+            self._send(member, asked, (at,))
+        found: dict[int, str | None] = {}
+        while any(sent.asked is asked for sent in self._under_way.values()):
+            check_stop(self.stop)
+            self._drop_stuck(asked)
+            answers = (self._take(event, asked)[0] for event in self.fleet.wait(POLL_SECONDS))
+            found |= {at: value for each in answers if each for at, value in zip(each[0], each[1].values, strict=True)}
+        return found
 
     def _join(self, event: Joined) -> None:
         self.members[event.worker] = Member(event.worker, event.node)
@@ -222,8 +237,6 @@ class FleetExecutor:
     ) -> Iterator[tuple[Item, Result]]:
         for indices, answer in self._run(Pass(Ask(function), items, weigh)):
             yield from zip((items[i] for i in indices), answer.values, strict=True)
-
-    # One pass
 
     def _run(self, asked: Pass[Any]) -> Iterator[tuple[tuple[int, ...], Answer]]:
         """Answers with the items each is of, until all are done. What is done is told also where an error follows."""

@@ -120,3 +120,10 @@ def blocks_by_file(results: Iterable[MergeResult]) -> dict[str, list[str]]:
 def output_files(items: Iterable[WorkItem]) -> list[str]:
     """The output files that some items touch, sorted."""
     return sorted({each.file for item in items for each in item.ranges})
+
+
+class Seat(NamedTuple):
+    """One of several nodes that do something together."""
+
+    place: int
+    of: int

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ties_dist.compiler.native import KernelStore
+from ties_dist.errors import OutputError
 from ties_dist.inputs.opening import opener
 from ties_dist.output.folder import OutFolder
 from ties_dist.output.holder import Holder
 from ties_dist.output.lock import RunLock
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import MergePlan
+from ties_dist.values.items import Seat
 from ties_dist.values.machine import Machine
 from ties_dist.worker.matrices import KeptMatrices
 from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.preflight import Expectation, machine, preflight
+from ties_dist.worker.together import SHARED, CloseFile, ReadBlocks, WriteBlocks, size_for
 
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
@@ -48,6 +53,19 @@ class Site:
         expected = Expectation(token=f"seen-{self.holder.token}")
         self.folder.place.put(f"{self.folder.run}/{expected.token}", b"")
         return replace(self, expected=expected)
+
+    def rounds(self, nodes: int) -> Sequence[Callable[[MergeStep, Seat], str | None]]:
+        """Leaves the file that they write, which is this driver's to remove (`tidy`)."""
+        place, parts = self.folder.place, self.folder.parts
+        if not place.reads_parts:
+            return ()
+        with closing(place.writer(parts)) as writer:
+            writer.create(SHARED, size_for(nodes))
+        return WriteBlocks(), CloseFile(), ReadBlocks(place, parts)
+
+    def tidy(self) -> None:
+        with suppress(OutputError):
+            self.folder.place.remove(self.folder.partial(SHARED))
 
     def inspect(self, *, gpus: int = 0) -> Machine:
         """This machine, and all that speaks against merging on it."""
