@@ -166,6 +166,39 @@ def test_the_summary_leads_with_density_asked_against_share_kept(
     assert "`tie_policy: exact_k` would keep 20.0%" in ended.out
 
 
+def test_ties_within_a_point_of_the_density_are_no_matter(merge_job: Checkpoints, tmp_path: Path, cli: Run) -> None:
+    values = torch.arange(1000, dtype=torch.float32)
+    values[795:804] = 799.0  # k = 200: 196 are larger; nine ties keep 205, half a point too many
+    recipe = merge_job([{"w": torch.zeros(1000)}, {"w": values}], parameters={"density": 0.2})
+    merged = cli("merge", recipe, tmp_path / "out")
+    assert "20.50%" in merged.out and "exact_k" not in merged.out
+    assert "exact_k" not in cli("analyze", recipe).out
+
+
+def test_the_status_of_what_does_not_exist_is_an_error(tmp_path: Path, cli: Run) -> None:
+    ended = cli("status", tmp_path / "nowhere")
+    assert (ended.status, ended.err) == (
+        2,
+        f"OutputError: {tmp_path}/nowhere does not exist: nothing was merged there.\n",
+    )
+
+
+def test_units_redone_for_cancellations_are_told_to_who_asks(
+    merge_job: Checkpoints, tmp_path: Path, cli: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = {"w": torch.zeros(8)}
+    experts = [
+        {"w": torch.tensor([1.0, -2, -3, -4, -5, -6, -7, -8])},
+        {"w": torch.tensor([-1.0, -2, -3, -4, -5, -6, -7, -8])},
+    ]
+    recipe = merge_job([base, *experts], parameters={"density": 1.0})
+    options = ("--threshold-pass", "scan", "--kernel", "eager")
+    for verbose, told in ((), False), (("-v",), True):
+        caplog.clear()
+        assert cli("merge", recipe, tmp_path / f"out{told}", *options, *verbose).status == 0
+        assert ("exact cancellations" in caplog.text) == told
+
+
 def test_names_with_brackets_are_printed_as_they_are(merge_job: Checkpoints, tmp_path: Path, cli: Run) -> None:
     recipe = merge_job(small_models())
     (tmp_path / "expert-0").rename(tmp_path / "[bold]run[")

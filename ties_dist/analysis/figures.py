@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ties_dist.output.report import TIES_MATTER_FROM
+
 VERSION = 2
 UNRELATED_FROM = 0.5
 """A delta's norm as a share of the base's: unrelated weights of one spread have 1.4, fine-tunes a few percent."""
 DOMINATING_FROM = 5.0
 """A delta's norm as a multiple of the others' median."""
 TWIN_FROM = 0.9999
-KEPT_OVER = 1.02
-"""As a multiple of the density, from which ties are worth a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +259,7 @@ def _advise_on_trims(found: Analysis) -> Iterator[Advice]:
 
 def _keeps_too_much(trim: Trim) -> bool:
     asked = trim.asked_fraction
-    return trim.kept_fraction > KEPT_OVER * asked and trim.tie_fraction > (KEPT_OVER - 1) * asked
+    return trim.kept_fraction > asked + TIES_MATTER_FROM and trim.tie_fraction > TIES_MATTER_FROM
 
 
 def share_of(value: float) -> str:

@@ -19,7 +19,7 @@ import click
 
 from ties_dist.cli.options import TALK, alone, takes
 from ties_dist.cli.terminal import SIGINT_STATUS, log, progress, say, signals, tell_error
-from ties_dist.errors import TiesDistError
+from ties_dist.errors import OutputError, TiesDistError
 from ties_dist.planning.keywords import AnalyzeKeywords, MergeKeywords, PlanKeywords, SweepKeywords
 from ties_dist.planning.options import Cluster, RunOptions
 
@@ -111,6 +111,8 @@ def status_command(out: Path, as_json: bool) -> None:
     from ties_dist.output.status import describe, status
     from ties_dist.storage.local_place import LocalPlace
 
+    if not out.exists():
+        raise OutputError(f"{out} does not exist: nothing was merged there.")
     found = status(LocalPlace(out))
     click.echo(json.dumps(asdict(found), indent=2) if as_json else describe(found))
 

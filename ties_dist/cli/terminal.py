@@ -55,7 +55,7 @@ def _as_json() -> bool:
 
 
 def log(verbose: int, quiet: bool) -> None:
-    level = logging.WARNING if quiet else logging.DEBUG if verbose > 1 else logging.INFO
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[OnStderr()])
     context = click.get_current_context(silent=True)
     if context is not None and context.find_root().params.get("log_format") == "json":

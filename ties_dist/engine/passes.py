@@ -309,9 +309,9 @@ class Passes:
             self.keeper.merged(results)
             self.results |= {r.item: r for r in results}
 
-    def _redo(self, units: Sequence[WorkItem], *, majority: int | None, reason: str) -> None:
+    def _redo(self, units: Sequence[WorkItem], *, majority: int | None, reason: str, level: int = logging.INFO) -> None:
         if units:
-            logger.info("%s: redoing %d of %d units", reason, len(units), len(self.results))
+            logger.log(level, "%s: redoing %d of %d units", reason, len(units), len(self.results))
             with self._timed("redo"), phase(self.progress, "redo", sum(u.nbytes for u in units)):
                 self._merge(sorted(units), majority=majority)
             self.redone += len(units)
@@ -321,9 +321,8 @@ class Passes:
         if self.plan.needs.majority is not None:
             sign = self.totals.majority
             wrong = [r.item for r in self.results.values() if r.dependent and r.majority != sign]
-            self._redo(
-                wrong, majority=sign, reason=f"exact cancellations took the wrong sign (the majority's is {sign:+d})"
-            )
+            reason = f"exact cancellations took the wrong sign (the majority's is {sign:+d})"
+            self._redo(wrong, majority=sign, reason=reason, level=logging.DEBUG)  # the usual way, nothing went wrong
 
     def prove(self) -> None:
         """Raises ProofError unless the entries counted above and at each threshold prove it (design.md, promise 2).
