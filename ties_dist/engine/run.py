@@ -111,7 +111,7 @@ def run(
     _ = job.stamps  # taken now: while this run waits for the lock, its inputs may change
     noted = Noted(progress)
     with hold(folder, executor, noted, wait=options.wait, stop=stop) as lock:
-        standing = claim(folder, job)
+        standing = claim(folder, job, lock.check)
         if standing.done is not None:
             lock.settle(lock.doubts)
             return standing.done

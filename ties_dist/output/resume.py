@@ -19,6 +19,7 @@ from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import OutputShard
 from ties_dist.planning.plan import SEMANTICS_VERSION
 from ties_dist.planning.prepare import Job
+from ties_dist.storage.place import Check, unchecked
 from ties_dist.storage.rehearsal import rehearse
 
 WRITE_BACK = "write-back"
@@ -64,10 +65,14 @@ def gate(out: OutFolder, job: Job, coming_bytes: int = 0) -> Standing:
     return Standing(begun=begun is not None, record=record)
 
 
-def claim(out: OutFolder, job: Job) -> Standing:
-    """Make OUT ready for this job, called with its lock held; of a merge that is done, tidy up. Raises as `gate`."""
+def claim(out: OutFolder, job: Job, check: Check = unchecked) -> Standing:
+    """Make OUT ready for this job, called with its lock held; of a merge that is done, tidy up. Raises as `gate`.
+
+    check: raises where the lock was lost meanwhile: whoever took over may have published, and removed the folders.
+    """
     out.fence()
     standing = gate(out, job)
+    check()
     if standing.done is not None:
         out.discard()  # left by a kill between the commit point and the tidying
         return standing
