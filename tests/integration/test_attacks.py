@@ -59,6 +59,8 @@ def test_inputs_written_again_are_not_already_done(merge_job: Checkpoints, tmp_p
     assert ties_dist.merge(recipe, tmp_path / "out").already_done
     file = tmp_path / "expert-0" / "model.safetensors"
     os.utime(file, ns=(1, 1))
+    assert ties_dist.merge(recipe, tmp_path / "out").already_done
+    edit_between_sampled_pages(tmp_path / "expert-0", models[1], 20_000)
     with pytest.raises(ties_dist.CheckpointError, match="made before these inputs were written again"):
         ties_dist.merge(recipe, tmp_path / "out")
     assert not ties_dist.merge(recipe, tmp_path / "out", fresh=True, overwrite=True).already_done

@@ -201,7 +201,7 @@ class World:
                 write_job(folder / name, models, shards=6, method=METHODS.get(name, "ties"), options=given),
                 RunOptions(threads=1),
             )
-            _ = job.stamps
+            _ = job.sight
             report = engine.run(job, LocalPlace(world.undisturbed(name)), executor=LocalExecutor(1), progress=Quiet())
             world.jobs[name] = job, report.output_digest
             world.workers[name] = Worker(
@@ -244,7 +244,7 @@ class Schedule:
         self.out, self.disk = out, disk
         thresholds = draw.choice(["auto", "speculate", "scan"])
         self.job = replace(job, options=replace(job.options, wait=True, threshold_pass=thresholds))
-        _ = self.job.stamps
+        _ = self.job.sight
         report: MergeReport | None = None
         try:
             with disk.hooked(), pytest.MonkeyPatch.context() as patched:

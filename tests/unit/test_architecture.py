@@ -42,6 +42,7 @@ MAY_IMPORT = {
             "inputs/opening.py",
             "inputs/companions.py",
             "inputs/survey.py",
+            "inputs/stamps.py",
             "planning/prepare.py",
             "checkpoints/catalogue.py",
             "checkpoints/elsewhere.py",

@@ -18,7 +18,7 @@ from ties_dist.engine.reporting import describe
 from ties_dist.engine.reread import reread
 from ties_dist.errors import CheckpointError, ClusterError, NumericError, OutputError, PlanError
 from ties_dist.executors.base import Executor
-from ties_dist.inputs.opening import stamp_inputs
+from ties_dist.inputs.stamps import changed_meanwhile
 from ties_dist.messages import listing
 from ties_dist.output.card import model_card
 from ties_dist.output.companions import companion_files
@@ -108,7 +108,7 @@ def run(
     began, options = time.monotonic(), job.options
     folder = OutFolder(place=out, fingerprint=job.plan.fingerprint)
     folder.check(job.plan.models)
-    _ = job.stamps  # taken now: while this run waits for the lock, its inputs may change
+    _ = job.sight  # taken now: while this run waits for the lock, its inputs may change
     noted = Noted(progress)
     with hold(folder, executor, noted, wait=options.wait, stop=stop) as lock:
         standing = claim(folder, job, lock.check)
@@ -212,7 +212,7 @@ def publish(run: Run, passes: Passes, began: float) -> MergeReport:
         max_shard_bytes=job.options.max_shard_size,
         thresholds=passes.model_cuts,
         majority=report.majority_sign,
-        stamps=job.stamps,
+        sight=job.sight,
     )
     manifest = Manifest(
         fingerprint=report.fingerprint,
@@ -254,8 +254,7 @@ def _report(job: Job, passes: Passes, blocks: Mapping[str, Sequence[str]], secon
 
 def _check_inputs(run: Run) -> None:
     """Raises CheckpointError, and discards the work, where an input file was changed while it was read."""
-    now = stamp_inputs(run.job.plan.models)
-    if changed := sorted(name for name, stamp in run.job.stamps.items() if now.get(name) != stamp):
+    if changed := changed_meanwhile(run.job.sight, run.job.plan.models):
         run.lock.check()
         run.folder.discard()
         raise CheckpointError(

@@ -1,11 +1,10 @@
-"""The models and statistics that a plan reads: opened, named by their content, and stamped."""
+"""The models and statistics that a plan reads: opened, and named by their content."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ties_dist.adapters.merging import open_alone
@@ -14,10 +13,10 @@ from ties_dist.checkpoints.catalogue import Checkpoint, FileHeader, open_checkpo
 from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.aliases import lone_embedding, with_every_name
+from ties_dist.inputs.stamps import files_of
 from ties_dist.messages import show
-from ties_dist.recipe.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelReference, is_adapter
+from ties_dist.recipe.references import ModelReference, is_adapter
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
-from ties_dist.storage.arrays import GROUP_FILE
 from ties_dist.storage.backends import SMALL_MODEL, choose, file_sizes, look
 from ties_dist.storage.base import Backend, Reader
 from ties_dist.storage.digests import digest
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 SAMPLED_PAGES = 16
 """Pages of each file that go into its identity, beside header and size."""
 PAGE_BYTES = 4096
-GONE = (-1, -1)
 
 
 OpenReader = Callable[[Path, Backend], Reader]
@@ -160,32 +158,3 @@ def _is_model(path: Path) -> bool:
     return not (is_statistics(path) or is_adapter(path))
 
 
-def stamp_inputs(models: Sequence[Input]) -> dict[str, tuple[int, int]]:
-    """Size and modification time of every file that is read, by `model/file`: they change when the file does.
-
-    `GONE` for a file that is not there.
-    """
-    stamps = {}
-    for model in models:
-        for file in files_of(model):
-            folder = Path(model.path)
-            name = f"{model.name}/{file.relative_to(folder) if folder in file.parents else file.name}"
-            stamps[name] = GONE
-            with suppress(OSError):
-                found = file.stat()
-                stamps[name] = (found.st_size, found.st_mtime_ns)
-    return stamps
-
-
-def files_of(model: Input) -> list[Path]:
-    """What is read of a model."""
-    path = Path(model.path)
-    if is_statistics(path):
-        return [path / GROUP_FILE]  # written last, with the digests of all arrays
-    applied = Path(model.adapter) if model.adapter else path if is_adapter(path) else None
-    beside = [applied / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if applied else []
-    if applied == path:
-        return beside
-    pieces = (piece for view in model.views.values() for piece in view.pieces(0, 1))
-    names = sorted({piece.file for piece in pieces if piece.place == 0})
-    return [path, *beside] if path.is_file() else [*(path / name for name in names), *beside]

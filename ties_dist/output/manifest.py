@@ -8,9 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
 from ties_dist.thresholds import ModelCut
-
-Stamps = Mapping[str, tuple[int, int]]
-"""Size and time of every input file, by `model/file`."""
+from ties_dist.values.inputs import Sight
 
 
 class Document(BaseModel):
@@ -43,7 +41,7 @@ class Origin(Document):
     max_shard_bytes: int | None = None
     thresholds: tuple[ModelCut, ...] = ()
     majority: int | None = None
-    stamps: Stamps = {}
+    sight: Sight | None = None
 
 
 class Manifest(Document):
@@ -62,5 +60,5 @@ class Begun(Document):
     """An unfinished merge."""
 
     recipe: Mapping[str, JsonValue]
-    stamps: Stamps = {}
+    sight: Sight | None = None
     semantics_version: int = 1

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from ties_dist.errors import CheckpointError, OutputError, PlanError
-from ties_dist.inputs.opening import GONE
+from ties_dist.inputs.stamps import changed_since
 from ties_dist.messages import listing, readable
 from ties_dist.output.documents import load_document
 from ties_dist.output.folder import BEGUN, OutFolder
 from ties_dist.output.journal import Record, read_journals
 from ties_dist.output.lock import STATE
-from ties_dist.output.manifest import Begun, Stamps
+from ties_dist.output.manifest import Begun, Origin
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import OutputShard
 from ties_dist.planning.plan import SEMANTICS_VERSION
@@ -54,7 +54,7 @@ def gate(out: OutFolder, job: Job, coming_bytes: int = 0) -> Standing:
     _check_holder(out, job)
     fresh = job.options.fresh
     begun = None if fresh else _begun(out, out.fingerprint)
-    if changed := _changed(job, begun.stamps if begun is not None else {}):
+    if changed := _changed(job, begun):
         raise _inputs_changed(out, changed)
     record = Record() if fresh else read_journals(out.place, out.run, job.plan.counters.names)
     _check_space(out, job, record, coming_bytes)
@@ -82,10 +82,8 @@ def claim(out: OutFolder, job: Job, check: Check = unchecked) -> Standing:
     if job.plan.matrices:
         out.place.make(out.matrices)
     if not standing.begun:
-        note = json.dumps(
-            {"recipe": job.recipe.canonical(), "stamps": job.stamps, "semantics_version": SEMANTICS_VERSION}
-        )
-        out.place.put(_record(out.fingerprint), note.encode())
+        facts = {"recipe": job.recipe.canonical(), "sight": asdict(job.sight), "semantics_version": SEMANTICS_VERSION}
+        out.place.put(_record(out.fingerprint), json.dumps(facts).encode())
     return standing
 
 
@@ -95,7 +93,7 @@ def _finished(out: OutFolder, job: Job) -> MergeReport | None:
     if done is None or done.fingerprint != out.fingerprint or (options.fresh and options.overwrite):
         return None
     manifest = out.manifest()
-    if changed := _changed(job, manifest.origin.stamps if manifest is not None else {}):
+    if changed := _changed(job, manifest.origin if manifest is not None else None):
         raise CheckpointError(
             listing(
                 f"OUT {out.place} holds this merge, made before these inputs were written again:",
@@ -135,9 +133,9 @@ def _begun(out: OutFolder, run: str) -> Begun | None:
     return None
 
 
-def _changed(job: Job, before: Stamps) -> list[str]:
-    """Input files whose size or time is not what an interrupted run saw; of what is not downloaded nothing is known."""
-    return sorted(name for name, stamp in job.stamps.items() if before.get(name, stamp) != stamp != GONE)
+def _changed(job: Job, before: Begun | Origin | None) -> list[str]:
+    """Input files that hold other content than when a merge was begun."""
+    return changed_since(before.sight, job.plan.models) if before is not None and before.sight is not None else []
 
 
 def _inputs_changed(out: OutFolder, changed: Sequence[str]) -> CheckpointError:
@@ -157,7 +155,7 @@ def _unfinished(out: OutFolder, job: Job, other: str) -> OutputError | Checkpoin
     if found is not None and found.semantics_version != SEMANTICS_VERSION:
         what = f"another version of ties_dist ({_versions(found.semantics_version)})"
         with_what = "that version"
-    elif found is not None and same_recipe and (changed := _changed(job, found.stamps)):
+    elif found is not None and same_recipe and (changed := _changed(job, found)):
         return _inputs_changed(out, changed)
     discard = "--fresh --overwrite" if out.holds_model() else "--fresh"  # some shards may have their names
     return OutputError(

@@ -16,7 +16,8 @@ from ties_dist.inputs.aliases import Aliases, find_aliases
 from ties_dist.inputs.companions import Companions, find_companions
 from ties_dist.inputs.congruence import MergeSet, compare, compare_bytes
 from ties_dist.inputs.equality import Equality, Unproven
-from ties_dist.inputs.opening import OpenReader, contents_of, open_all, stamp_inputs
+from ties_dist.inputs.opening import OpenReader, contents_of, open_all
+from ties_dist.inputs.stamps import see, stamp_inputs
 from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
@@ -32,6 +33,7 @@ from ties_dist.recipe.references import ADAPTER_WEIGHTS, Location, fetch
 from ties_dist.statistics.answers import FOLDER, Answers
 from ties_dist.statistics.collected import ExpertStatistics, how_to_collect
 from ties_dist.storage.readers import open_reader
+from ties_dist.values.inputs import Sight, Stamp
 from ties_dist.values.numbers import TensorNumbers
 
 
@@ -54,10 +56,15 @@ class Job:
     unproven: tuple[Unproven, ...] = ()
     """What the plan takes for one parameter after a look at some pages; empty where it was all compared."""
 
-    @cached_property
-    def stamps(self) -> Mapping[str, tuple[int, int]]:
-        """Size and time of every input file, as they were when first asked for."""
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """Size, times and inode of every input file, as they are now."""
         return stamp_inputs(self.plan.models)
+
+    @cached_property
+    def sight(self) -> Sight:
+        """What the input files looked like when first asked for."""
+        return see(self.plan.models)
 
 
 def prepare(

@@ -55,7 +55,7 @@ class Repository:
         return str(get_hf_file_metadata(hf_hub_url(self.name, name, revision=self.commit)).location)
 
 
-def list_files(repository: str, revision: str | None, *, wanted: Sequence[str], unwanted: Sequence[str]) -> Repository:
+def list_files(repository: str, revision: str | None, *, unwanted: Sequence[str]) -> Repository:
     """Raises whatever huggingface_hub does."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # exported without saying so
@@ -63,7 +63,7 @@ def list_files(repository: str, revision: str | None, *, wanted: Sequence[str], 
     info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     sizes = {each.rfilename: int(each.size or 0) for each in info.siblings or ()}
     inside = [name for name in sizes if not {"", "..", "/"}.intersection(PurePosixPath(name).parts)]
-    names = list(filter_repo_objects(inside, allow_patterns=list(wanted), ignore_patterns=list(unwanted)))
+    names = list(filter_repo_objects(inside, ignore_patterns=list(unwanted)))
     found = {name: try_to_load_from_cache(repository, name, revision=info.sha) for name in names}
     return Repository(
         name=repository,

@@ -145,7 +145,7 @@ def find(location: Location) -> Repository | Exception:
     """What a hub has of a model, or why that cannot be told."""
     repository, revision = location.identity
     try:
-        return list_files(repository, revision, wanted=_WANTED, unwanted=_UNWANTED)
+        return list_files(repository, revision, unwanted=_UNWANTED)
     except Exception as error:  # the hub's, the network's and the disk's errors share no root
         return error
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ties_dist.compiler.native import processor
 from ties_dist.errors import CheckpointError, OutputError
-from ties_dist.inputs.opening import files_of, open_input
+from ties_dist.inputs.opening import open_input
+from ties_dist.inputs.stamps import files_of
 from ties_dist.messages import readable
 from ties_dist.output.folder import OutFolder
 from ties_dist.planning.options import Resources

@@ -312,12 +312,76 @@ def test_inputs_that_change_while_a_run_waits_for_the_lock_are_not_published(
     models: list[dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     recipe, file = write_job(tmp_path, models), tmp_path / "expert-1" / "model.safetensors"
+    other = file.read_bytes()[:-40_000] + bytes(40_000)
     with (
-        calling(RunLock, "acquire", lambda _: os.utime(file, ns=(0, 0))),
+        calling(RunLock, "acquire", lambda _: file.write_bytes(other)),
         pytest.raises(CheckpointError, match=r"(?s)inputs were changed while they were merged:.*expert-1"),
     ):
         merge(recipe, tmp_path / "out", wait=True)
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_inputs_that_are_touched_while_they_are_merged_are_read_again_and_published(
+    models: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    recipe, file = write_job(tmp_path, models), tmp_path / "expert-1" / "model.safetensors"
+    undisturbed = merge(recipe, tmp_path / "undisturbed")
+    with calling(RunLock, "acquire", lambda _: os.utime(file, ns=(0, 0))):
+        assert merge(recipe, tmp_path / "out").output_digest == undisturbed.output_digest
+
+
+def replaced(file: Path, content: bytes) -> None:
+    """By another file, with the size and the time of the one before."""
+    stamp = file.stat()
+    assert len(content) == stamp.st_size
+    beside = file.with_suffix(".new")
+    beside.write_bytes(content)
+    os.utime(beside, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    beside.replace(file)
+
+
+@pytest.mark.parametrize("how", ["copied", "touched", "rewritten"])
+def test_inputs_of_the_same_content_are_resumed_with_whatever_their_stamps_are(
+    how: str, models: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    recipe, out, file = write_job(tmp_path, models), tmp_path / "out", tmp_path / "expert-1" / "model.safetensors"
+    undisturbed = merge(recipe, tmp_path / "undisturbed")
+    journalled = interrupt(recipe, out, after=4)
+    match how:
+        case "copied":
+            replaced(file, file.read_bytes())
+        case "touched":
+            os.utime(file, ns=(0, 0))
+        case "rewritten":
+            file.write_bytes(file.read_bytes())
+    report = merge(recipe, out)
+    assert (report.resumed_units, report.output_digest) == (journalled, undisturbed.output_digest)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_inputs_replaced_by_others_of_equal_size_time_and_identity_are_no_mixture(
+    finished: bool, models: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    recipe, out, file = write_job(tmp_path, models), tmp_path / "out", tmp_path / "expert-1" / "model.safetensors"
+    if finished:
+        merge(recipe, out)
+    else:
+        interrupt(recipe, out, after=4)
+    before, content = prepare(recipe).plan.fingerprint, file.read_bytes()
+    part = len(content) // 20  # of which the pages that name a model may hold none
+    for start in range(part, len(content) - part, part):
+        replaced(
+            file,
+            content[:start] + content[start + 1 : start + part] + content[start : start + 1] + content[start + part :],
+        )
+        if prepare(recipe).plan.fingerprint == before:
+            break
+    else:
+        raise AssertionError("every place is sampled")
+    words = "made before these inputs were written again" if finished else "inputs changed since the interrupted merge"
+    with pytest.raises(CheckpointError, match=rf"(?s){words}.*expert-1/model.safetensors"):
+        merge(recipe, out)
+    assert merge(recipe, out, fresh=True, overwrite=True).resumed_units == 0
 
 
 # -- stopping and losing OUT -------------------------------------------------------------------------------------------
