@@ -18,6 +18,7 @@ from ties_dist.dtypes import TORCH_NAMES, torch_dtype
 from ties_dist.engine.passes import Forgetful, Passes
 from ties_dist.errors import RecipeError
 from ties_dist.executors.local import LocalExecutor
+from ties_dist.inputs.vocabulary import beside_base
 from ties_dist.methods.known import METHODS
 from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, assemble
@@ -67,7 +68,8 @@ def merge_state_dicts(
     chosen = RunOptions(threads=threads, kernel=kernel)
     job = assemble(recipe, opened, [str(i) for i in range(len(opened))], chosen)
     readers = {
-        m.path: c.opened for m, c in zip((job.plan.base, *job.plan.experts, *job.plan.extras), opened, strict=True)
+        m.path: beside_base(c.opened, opened[0].opened)
+        for m, c in zip((job.plan.base, *job.plan.experts, *job.plan.extras), opened, strict=True)
     }
     writer = MemoryWriter()
     for shard in job.plan.layout.shards:

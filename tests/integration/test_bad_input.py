@@ -226,7 +226,7 @@ def test_all_malformed_files_of_all_models_are_reported_together(merge_job: Chec
 def test_a_tensor_missing_in_one_expert_is_refused(merge_job: Checkpoints, refused: Refused) -> None:
     models = two_experts()
     del models[2]["layers.1.weight"]
-    refused(merge_job(models), "layers.1.weight", "missing in expert 'expert-1'", "exclude")
+    refused(merge_job(models), "layers.1.weight", "missing in expert 'expert-1'", "Name the base")
 
 
 def test_a_tensor_that_only_an_expert_has_is_refused(merge_job: Checkpoints, refused: Refused) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import translate
@@ -24,13 +24,11 @@ from ties_dist.inputs.aliases import Aliases
 from ties_dist.inputs.configs import configs, says_tied
 from ties_dist.inputs.equality import same_numbers
 from ties_dist.inputs.names import is_head, is_vocabulary
+from ties_dist.inputs.remedies import Kind, Mismatch, remedies
 from ties_dist.messages import listing, show
 
 # How GPTQ, AWQ, compressed-tensors, bitsandbytes and MXFP4 name the matrices of integers they pack weights into.
 _PACKED: Final = re.compile(r"(^|[._])(weight|qweight|qzeros|weight_packed|packed_weight|blocks|scales)$")
-
-# Stored by some versions, computed by others.
-_BUFFER: Final = re.compile(r"(inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias)$")
 
 _SHOWN: Final = 20  # lines of one error
 _FAMILIES: Final = 2_000  # names that difflib is asked about
@@ -83,31 +81,39 @@ class MergeSet:
         return sum(tensor.numel for tensor in self.tensors if tensor.counted)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why models may not fit, by what is not tensors. rows_fit: whether only the numbers of tokens may differ."""
+
+    lines: Sequence[str] = ()
+    rows_fit: bool = True
+
+
 def compare(
     base: Checkpoint,
     experts: Sequence[Checkpoint],
     *,
     exclude: Sequence[str],
-    vocab: str,
     non_float: str,
     operand: str,
     aliases: Aliases | None = None,
+    explain: Callable[[], Explanation] | None = None,
 ) -> MergeSet:
     """The mergeable set of base and experts, whose parameters have their canonical names, by `aliases`.
 
     exclude: fnmatch globs over whole tensor names; what they match is copied from the base, and ignored in experts.
-    vocab: "error" or "truncate". non_float: "base" skips the check of non-float tensors. operand: "delta" or "weight";
-    in the latter `base` is the first model and may stand among the experts too.
+    non_float: "base" skips the check of non-float tensors. operand: "delta" or "weight"; in the latter `base` is the
+    first model and may stand among the experts too. explain: asked where something does not fit.
     Raises CheckpointError with everything that does not fit.
     """
-    comparison = _Comparison(base, experts, aliases or Aliases(), vocab=vocab, non_float=non_float, operand=operand)
+    comparison = _Comparison(base, experts, aliases or Aliases(), non_float=non_float, operand=operand)
     comparison.apply_exclude(exclude)
     comparison.refuse_quantised()
     for name in sorted(base.parameters):
         comparison.add(base.parameters[name])
     comparison.add_extra()
     comparison.refuse_lone_scales()
-    comparison.raise_problems()
+    comparison.raise_problems(explain)
     return comparison.merge_set()
 
 
@@ -127,14 +133,7 @@ class _Comparison:
     """The comparison while it runs. Linear in tensors x checkpoints: 100,000 x 4 is an ordinary mixture of experts."""
 
     def __init__(
-        self,
-        base: Checkpoint,
-        experts: Sequence[Checkpoint],
-        aliases: Aliases,
-        *,
-        vocab: str,
-        non_float: str,
-        operand: str,
+        self, base: Checkpoint, experts: Sequence[Checkpoint], aliases: Aliases, *, non_float: str, operand: str
     ) -> None:
         self.base, self.aliases = base, aliases
         self.base_word = "base" if operand == "delta" else f"first model '{base.name}'"
@@ -144,19 +143,19 @@ class _Comparison:
             (i, f"{kind} '{expert.name}'", expert) for i, expert in enumerate(experts, start=1) if expert is not base
         ]
         self.models = [(0, self.base_word, base), *self.experts]
-        self.truncate = vocab == "truncate"
+        self.delta = operand == "delta"
         self.check_non_float = non_float != "base"
         self.names = set(aliases.canonical).union(*(model.parameters for _, _, model in self.models))
         self.excluded: set[str] = set()
         self.packed: set[str] = set()  # modules of the base that hold quantised weights, excluded ones included
         self.problems = list(aliases.problems)  # with a checkpoint or an option as a whole
-        self.mismatches: list[tuple[str, str]] = []  # (tensor, what is wrong with it)
-        self.remedies: dict[str, None] = {}  # "a, or b, or c": ordered, each once
+        self.mismatches: list[Mismatch] = []
         self.advice = dict.fromkeys(aliases.advice)  # whole sentences
         self.notes = list(aliases.notes)
         self.counts: Counter[tuple[str, str]] = Counter()  # notes with a number of tensors in between
         self.tensors: list[OutputTensor] = []
         self.equal: list[EqualCheck] = []
+        self.lacks_rows = False  # of its vocabulary, an expert
 
     # -- options and whole checkpoints --------------------------------------------------------------------------------
 
@@ -205,7 +204,7 @@ class _Comparison:
         for tensor in self.tensors:
             module, _, last = tensor.name.rpartition(".")
             if tensor.action == "merge" and "scale" in last and module in self.packed:
-                self.mismatches.append((tensor.name, "scales quantised weights that are excluded; exclude it too"))
+                self._mismatch("scales", tensor.name, "scales quantised weights that are excluded")
 
     # -- tensor by tensor ---------------------------------------------------------------------------------------------
 
@@ -216,8 +215,7 @@ class _Comparison:
             self.counts["exclude: ", f" copied from the {self.base_word}"] += 1
         else:
             if base.dtype == "F64":
-                found = f"{self.base_word} has dtype F64"
-                self._mismatch(name, found, "convert F64 to F32 first (arithmetic is float32)")
+                self._mismatch("float64", name, f"{self.base_word} has dtype F64")
             for i, label, expert in self.experts:
                 self._compare(base, i, label, expert)
         merged = not excluded and base.dtype in FLOATS
@@ -239,11 +237,11 @@ class _Comparison:
             if base.dtype in FLOATS:
                 tied = is_head(base.name) and says_tied(expert.config)
                 hint = " (its config.json says tie_word_embeddings: true)" if tied else ""
-                self._mismatch(base.name, f"missing in {label}{hint}")
+                self._mismatch("missing", base.name, f"missing in {label}{hint}", len(base.shape))
             else:
                 self.counts[f"{label}: ", f" absent, not floating point; the {self.base_word}'s stay"] += 1
         elif (base.dtype in FLOATS) != (entry.dtype in FLOATS):
-            self._mismatch(base.name, f"{label} has dtype {entry.dtype}, {self.base_word} {base.dtype}")
+            self._mismatch("dtype", base.name, f"{label} has dtype {entry.dtype}, {self.base_word} {base.dtype}")
         elif base.dtype in FLOATS:
             self._compare_float(base, label, entry)
         elif self.check_non_float:
@@ -251,26 +249,21 @@ class _Comparison:
 
     def _compare_float(self, base: Parameter, label: str, entry: Parameter) -> None:
         if entry.dtype == "F64":
-            found = f"{label} has dtype F64, {self.base_word} {base.dtype}"
-            self._mismatch(base.name, found, "convert F64 to F32 first (arithmetic is float32)")
+            self._mismatch("float64", base.name, f"{label} has dtype F64, {self.base_word} {base.dtype}")
         elif entry.dtype != base.dtype:
             self.counts[f"{label}: ", f" stored as {entry.dtype}, {self.base_word} {base.dtype}"] += 1
         if entry.shape == base.shape:
             return
-        vocabulary = is_vocabulary(base.name)
-        extra = _extra_rows(entry.shape, base.shape) if vocabulary else 0
-        if extra and self.truncate:
-            self.counts[f"{label}: vocab: truncate drops {extra} rows of ", ""] += 1
-            return
-        remedies = ["resize the vocabulary first", "drop the extra rows with `vocab: truncate`"][
-            : vocabulary + (extra > 0)
-        ]
-        self._mismatch(base.name, f"{label} has shape {entry.shape}, {self.base_word} {base.shape}", *remedies)
+        rows = is_vocabulary(base.name) and entry.shape[1:] == base.shape[1:]
+        kind: Kind = "empty" if entry.numel == 0 < base.numel else "rows" if rows else "shape"
+        found = f"{label} has shape {entry.shape}, {self.base_word} {base.shape}"
+        self._mismatch(kind, base.name, found, len(base.shape))
+        self.lacks_rows |= rows and entry.shape < base.shape
 
     def _compare_non_float(self, base: Parameter, i: int, label: str, entry: Parameter) -> None:
         if (entry.dtype, entry.shape) != (base.dtype, base.shape):
             found = f"{label} has {_kind(entry)}, {self.base_word} {_kind(base)}"
-            self._mismatch(base.name, found, "keep the base's with `non_float: base`")
+            self._mismatch("non_float", base.name, found, len(base.shape))
             return
         message = (
             f"{show(base.name)} ({_kind(base)}, not merged): {label} differs from the {self.base_word}. "
@@ -285,34 +278,39 @@ class _Comparison:
                 if name in self.excluded:
                     self.counts[f"{label}: ", f" excluded that the {self.base_word} does not have"] += 1
                 elif expert.parameters[name].dtype in FLOATS:
-                    self._mismatch(name, f"extra in {label}, {self.base_word} does not have it")
+                    ndim = len(expert.parameters[name].shape)
+                    self._mismatch("extra", name, f"extra in {label}, {self.base_word} does not have it", ndim)
                 else:
                     self.counts[f"{label}: ", f" dropped, not floating point and not in the {self.base_word}"] += 1
 
     # -- outcome ------------------------------------------------------------------------------------------------------
 
-    def _mismatch(self, name: str, found: str, *remedies: str) -> None:
-        self.mismatches.append((name, found))
-        self.remedies |= dict.fromkeys(remedies)
-        if _BUFFER.search(name):
-            last = name.rpartition(".")[2]
-            self.advice[f"`exclude: ['*.{last}']` leaves alone a buffer that models compute themselves."] = None
+    def _mismatch(self, kind: Kind, name: str, found: str, ndim: int = 0) -> None:
+        self.mismatches.append(Mismatch(name=name, found=found, kind=kind, ndim=ndim))
 
-    def raise_problems(self) -> None:
+    def raise_problems(self, explain: Callable[[], Explanation] | None) -> None:
         """Everything in one error, in the layout of style.md; a long list folds the numbers of layers."""
         if not self.mismatches and not self.problems:
             return
+        explained = explain() if explain is not None and self.mismatches else Explanation()
         title = f"the models do not fit the {self.base_word}:"
-        if wrong := len({name for name, _ in self.mismatches}):
+        if wrong := len({each.name for each in self.mismatches}):
             title = f"{wrong} of {len(self.names)} tensors do not match the {self.base_word}:"
-        rows = sorted(self.mismatches, key=lambda row: row[0])
-        if len(rows) + len(self.problems) > _SHOWN:
+        rows = sorted(((each.name, each.found) for each in self.mismatches), key=lambda row: row[0])
+        problems = [*explained.lines, *self.problems]
+        if len(rows) + len(problems) > _SHOWN:
             rows = _folded(rows)
         width = max((len(show(name)) for name, _ in rows[:_SHOWN]), default=0) + 1
-        lines = self.problems + [f"{show(name) + ':':<{width}} {found}" for name, found in rows]
-        remedies = [*self.remedies, *(["list these names under `exclude`"] if self.mismatches else [])]
-        sentences = [_sentence(remedies)] if remedies else []
-        raise CheckpointError(listing(title, lines, " ".join([*sentences, *self.advice]), limit=_SHOWN))
+        lines = problems + [f"{show(name) + ':':<{width}} {found}" for name, found in rows]
+        said = remedies(
+            self.mismatches,
+            self.names,
+            base_word=self.base_word,
+            vocabulary={name for name in self.names if is_vocabulary(name)},
+            rows_fit=explained.rows_fit and (self.delta or not self.lacks_rows),
+            short_rows_fit=self.delta,
+        )
+        raise CheckpointError(listing(title, lines, " ".join([*said, *self.advice]), limit=_SHOWN))
 
     def merge_set(self) -> MergeSet:
         notes = [*self.notes, *(f"{before}{_tensors(count)}{after}" for (before, after), count in self.counts.items())]
@@ -338,12 +336,6 @@ def _is_quantised(entry: Parameter) -> bool:
     return packed or entry.dtype in QUANTISED
 
 
-def _extra_rows(shape: tuple[int, ...], base: tuple[int, ...]) -> int:
-    """Rows that `shape` has beyond `base` where nothing else differs; 0 otherwise."""
-    same = len(shape) == len(base) > 0 and shape[1:] == base[1:]
-    return max(0, shape[0] - base[0]) if same else 0
-
-
 # -- words for messages -----------------------------------------------------------------------------------------------
 
 
@@ -353,11 +345,6 @@ def _kind(entry: Parameter) -> str:
 
 def _tensors(count: int) -> str:
     return "1 tensor" if count == 1 else f"{count:,} tensors"
-
-
-def _sentence(remedies: Sequence[str]) -> str:
-    text = ", or ".join(remedies)
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def _fold(name: str) -> str:

@@ -14,6 +14,9 @@ from ties_dist.checkpoints.parameters import OpenFiles
 from ties_dist.errors import CheckpointError
 from ties_dist.inputs.aliases import lone_embedding, with_every_name
 from ties_dist.inputs.stamps import files_of
+from ties_dist.inputs.tokenizers import FILES as TOKENIZER_FILES
+from ties_dist.inputs.tokenizers import Tokenizer
+from ties_dist.inputs.vocabulary import Prolonged, beside_base
 from ties_dist.messages import show
 from ties_dist.recipe.references import ModelReference, is_adapter
 from ties_dist.statistics.collected import ExpertStatistics, is_statistics
@@ -123,7 +126,7 @@ def contents_of(references: Sequence[ModelReference], identities: Sequence[str])
 
 
 def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | None) -> Callable[[Input], OpenFiles]:
-    """Opens the models of a plan, each as it is read best: `auto` goes by what is cached now, and says so.
+    """Opens the models of a plan, the base first, each as it is read best: `auto` goes by what is cached, and says so.
 
     reread_bytes: read between the first and the second read of a byte (`MergePlan.reread_bytes`).
     """
@@ -145,11 +148,16 @@ def opener(inputs: Sequence[Input], backend: Backend, *, reread_bytes: int | Non
         if model.adapter is None and is_adapter(path):
             return read_adapter(path, model.name, open_reader).tensors.opened
         best = chosen.get(model.path, "auto")
-        if model.adapter is None:
-            return OpenFiles((open_reader(path, best),))
         # The base's pages were read a moment ago, for the base: the page cache has them, direct I/O would ask the disk.
-        again = "pread" if best == "direct" else best
-        return OpenFiles((open_reader(path, again), open_reader(Path(model.adapter))))
+        again: Backend = "pread" if best == "direct" else best
+        if model.adapter is None:
+            files = OpenFiles((open_reader(path, best),))
+        else:
+            files = OpenFiles((open_reader(path, again), open_reader(Path(model.adapter))))
+        if any(isinstance(view, Prolonged) for view in model.views.values()):
+            base = Path(inputs[0].path)
+            return beside_base(files, OpenFiles((open_reader(base, "auto" if again == best else again),)))
+        return files
 
     return open_one
 
@@ -158,3 +166,14 @@ def _is_model(path: Path) -> bool:
     return not (is_statistics(path) or is_adapter(path))
 
 
+def files_beside(path: Path, pattern: str) -> dict[str, bytes]:
+    """Small files of a model's folder, by name: those whose whole name a pattern fits. None of a single file."""
+    found = path.iterdir() if path.is_dir() else ()
+    return {p.name: p.read_bytes() for p in found if p.is_file() and re.fullmatch(pattern, p.name)}
+
+
+def tokenizer_of(reference: ModelReference) -> Tokenizer:
+    """The adapter's own, where one lies beside it; else the model's."""
+    folders = [each for each in (reference.adapter, reference.path) if each is not None]
+    found = (files_beside(folder, TOKENIZER_FILES) for folder in folders)
+    return Tokenizer(next((files for files in found if files.keys() - {"tokenizer_config.json"}), {}))

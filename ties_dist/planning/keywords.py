@@ -38,6 +38,7 @@ class ReadKeywords(TypedDict, total=False):
     unit_size: int | None
     read_backend: Backend
     allow: tuple[str, ...]
+    strict: bool
     allow_external_methods: bool
     max_shard_size: int | None
 

@@ -164,6 +164,7 @@ class RunOptions:
         default=(),
         metadata=said("A word that a refusal named: no obstacle any more; repeatable.", metavar="WORD"),
     )
+    strict: bool = field(default=False, metadata=said("Refuse what is only warned of, configs that differ a little."))
     allow_external_methods: bool = field(
         default=False, metadata=said("Run `merge_method: package.module:Class` from other packages.")
     )

@@ -16,13 +16,15 @@ from ties_dist.inputs.aliases import Aliases, find_aliases
 from ties_dist.inputs.companions import Companions, find_companions
 from ties_dist.inputs.congruence import MergeSet, compare, compare_bytes
 from ties_dist.inputs.equality import Equality, Unproven
-from ties_dist.inputs.opening import OpenReader, contents_of, open_all
+from ties_dist.inputs.opening import OpenReader, contents_of, open_all, tokenizer_of
 from ties_dist.inputs.stamps import see, stamp_inputs
+from ties_dist.inputs.tokenizers import Tokenizer
 from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
 from ties_dist.planning.admission import admit
 from ties_dist.planning.arrange import Inputs, arrange, models_of
+from ties_dist.planning.fitting import Fitting, compared_models
 from ties_dist.planning.layout import Layout, TensorSpec, lay_out
 from ties_dist.planning.memory import fit
 from ties_dist.planning.options import Resources, RunOptions
@@ -93,7 +95,8 @@ def prepare(
     opened, identities = open_all(references, options.read_backend, reader)
     kept = Answers(options.cache / FOLDER)
     equality = Equality(kept=kept, contents=contents_of(references, identities), proves=prove)
-    job = assemble(chosen.allowing(options.allow), opened, identities, options, resources, equality)
+    tokenizers = [tokenizer_of(reference) for reference in references[: compared_models(chosen)]]
+    job = assemble(chosen.allowing(options.allow), opened, identities, options, resources, equality, tokenizers)
     copied = _copied(chosen, opened) if publishes else Companions()
     return replace(job, copied=copied, notes=(*job.notes, *copied.notes))
 
@@ -125,13 +128,19 @@ def assemble(
     options: RunOptions,
     resources: Resources | None = None,
     equality: Equality | None = None,
+    tokenizers: Sequence[Tokenizer] = (),
 ) -> Job:
-    """The job of a recipe whose models are open, in the order of `models_of`. Raises CheckpointError, PlanError."""
+    """The job of a recipe whose models are open, in the order of `models_of`. Raises CheckpointError, PlanError.
+
+    tokenizers: of the models that are compared, in that order; none are known of models in memory.
+    """
     method, resources, equality = _method(recipe), resources or options.resources(), equality or Equality()
     aliases = _find_aliases(recipe, method, opened, equality)
     folded = {id(each): aliases.fold(each) for each in opened}
-    inputs = arrange(recipe, method, [folded[id(each)] for each in opened], identities)
-    merge_set = _compare(recipe, method, inputs, aliases)
+    fitting = Fitting(recipe, method, [folded[id(each)] for each in opened], tokenizers)
+    inputs = arrange(recipe, method, fitting.opened, identities)
+    merge_set = _compare(recipe, method, inputs, aliases, fitting)
+    judged = fitting.judge(strict=options.strict)
     layout = _lay_out(recipe, merge_set, inputs, opened[0], options.max_shard_size)
     matrices = _matrices(layout.tensors, inputs.stores) if method.needs.statistics == "gram" else {}
     memory = fit(method, layout, [each.input for each in inputs.alike], matrices, resources)
@@ -157,7 +166,7 @@ def assemble(
         base=inputs.base.catalogue,
         base_path=models_of(recipe)[0].path,
         merge_set=merge_set,
-        notes=tuple(_notes(recipe, plan, inputs, merge_set)),
+        notes=tuple(_notes(recipe, plan, inputs, merge_set, judged)),
         options=options,
         resources=resources,
         companions=inputs.companions,
@@ -176,7 +185,7 @@ def _find_aliases(recipe: Recipe, method: Method, opened: Sequence[Checkpoint], 
     """Stores of statistics have the names of their models, and prove nothing; adapters' own tensors have one each."""
     if recipe.options.output == "adapter":
         return Aliases()
-    models = opened[: 1 + len(recipe.experts) + (recipe.elect_from is not None)]
+    models = opened[: compared_models(recipe)]
     return find_aliases(
         models,
         lambda i, left, right: equality(i, models[i], left, right),
@@ -186,17 +195,17 @@ def _find_aliases(recipe: Recipe, method: Method, opened: Sequence[Checkpoint], 
     )
 
 
-def _compare(recipe: Recipe, method: Method, inputs: Inputs, aliases: Aliases) -> MergeSet:
+def _compare(recipe: Recipe, method: Method, inputs: Inputs, aliases: Aliases, fitting: Fitting) -> MergeSet:
     """What is merged, once headers and the few bytes that must be equal were compared. Raises CheckpointError."""
     catalogues = [each.catalogue for each in inputs.alike]
     merge_set = compare(
         catalogues[0],
         catalogues[1:],
         exclude=recipe.options.exclude,
-        vocab=recipe.options.vocab,
         non_float=recipe.options.non_float,
         operand=method.operand,
         aliases=aliases,
+        explain=fitting.explain,
     )
     compare_bytes(catalogues, merge_set)
     return merge_set
@@ -225,9 +234,12 @@ def _lay_out(
     return lay_out(specs, shard_of, max_shard_bytes)
 
 
-def _notes(recipe: Recipe, plan: MergePlan, inputs: Inputs, merge_set: MergeSet) -> Iterator[str]:
+def _notes(
+    recipe: Recipe, plan: MergePlan, inputs: Inputs, merge_set: MergeSet, judged: Sequence[str]
+) -> Iterator[str]:
     yield from recipe.notes
     yield from dict.fromkeys(note for each in inputs.all for note in each.catalogue.notes)
+    yield from judged
     yield from merge_set.notes
     yield from _other_numbers(recipe, plan.tensors)
     yield from _equal_inputs(plan)

@@ -33,7 +33,7 @@ class Options(BaseModel):
     weight_before_elect: bool = True
     aggregate: Literal["mean", "sum", "max", "average"] = "mean"
     exclude: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    vocab: Literal["error", "truncate"] = "error"
+    vocab: Literal["auto", "base", "error"] = "auto"
     allow: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Words of refusals that are no obstacle."""
     non_float: Literal["error", "base"] = "error"
@@ -89,6 +89,9 @@ def complete_options(
     for name in ("exclude", "allow", "companions"):
         if isinstance(given.get(name), list):
             given[name] = tuple(cast("list[object]", given[name]))
+    if given.get("vocab") == "truncate":
+        given["vocab"] = "base"
+        notes.append("`vocab: truncate` is called `base` now, and serves experts with fewer rows, too.")
     if override is not None:
         if override not in PRESETS:
             problems.append(f"--semantics: no semantics '{override}'; {nearest(override, list(PRESETS))}")

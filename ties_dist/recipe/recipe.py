@@ -131,7 +131,7 @@ class Recipe:
         return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
     def _resolved_options(self) -> dict[str, object]:
-        options = self._options() | {"exclude": sorted(set(self.options.exclude))}
+        options = self._options() | {"exclude": sorted(set(self.options.exclude)), "vocab": self._vocab()}
         options.pop("density_of", None)
         return options | (
             {"of_moved": self.of_moved} if "density_of" in self.spec.options and any(self.of_moved) else {}
@@ -145,6 +145,10 @@ class Recipe:
         apart |= {name for name in new if name not in self.options.chosen}
         understood = (self.spec.options | COMMON_OPTIONS) - apart
         return {name: value for name, value in self.options.model_dump().items() if name in understood}
+
+    def _vocab(self) -> str:
+        """What `auto` allows it merges in one way, so that fingerprints are as when there was no such choice."""
+        return "base" if self.options.vocab == "base" else "error"
 
     def allowing(self, words: Collection[str]) -> Recipe:
         """The same, with the words that the command line allows: the copy in OUT has them, too."""

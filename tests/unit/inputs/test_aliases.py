@@ -45,7 +45,7 @@ def found(*models: tuple[Checkpoint, Contents], **options: Any) -> Aliases:
 def merged(*models: tuple[Checkpoint, Contents], exclude: Sequence[str] = (), **options: Any) -> MergeSet:
     aliases = found(*models, exclude=exclude, **options)
     base, *experts = (aliases.fold(catalogue) for catalogue, _ in models)
-    return compare(base, experts, aliases=aliases, exclude=exclude, vocab="error", non_float="error", operand="delta")
+    return compare(base, experts, aliases=aliases, exclude=exclude, non_float="error", operand="delta")
 
 
 def refusal(*models: tuple[Checkpoint, Contents], **options: Any) -> str:

@@ -10,11 +10,11 @@ import pytest
 from tests.unit.inputs.catalogues import Shape, checkpoint
 from ties_dist.checkpoints.catalogue import Checkpoint
 from ties_dist.errors import CheckpointError
-from ties_dist.inputs.congruence import EqualCheck, MergeSet, OutputTensor, compare
+from ties_dist.inputs.congruence import EqualCheck, Explanation, MergeSet, OutputTensor, compare
 
 
 def compared(base: Checkpoint, *experts: Checkpoint, exclude: Sequence[str] = (), **options: str) -> MergeSet:
-    given = {"vocab": "error", "non_float": "equal", "operand": "delta", **options}
+    given = {"non_float": "equal", "operand": "delta", **options}
     return compare(base, experts, exclude=exclude, **given)
 
 
@@ -87,8 +87,7 @@ def test_shape_mismatches_are_listed_as_in_the_style_page() -> None:
         "2 of 723 tensors do not match the base:\n"
         "  lm_head.weight:            expert 'math' has shape (32016, 4096), base (32000, 4096)\n"
         "  model.embed_tokens.weight: expert 'math' has shape (32016, 4096), base (32000, 4096)\n"
-        "Resize the vocabulary first, or drop the extra rows with `vocab: truncate`, "
-        "or list these names under `exclude`."
+        "`vocab: base` merges the rows that both have; rows of tokens that only one has stay the base's."
     )
 
 
@@ -110,7 +109,7 @@ def test_every_mismatch_of_every_expert_is_in_one_error() -> None:
         "  d: expert 'one' has dtype F32, base I64\n"
         "  e: expert 'one' has dtype F64, base F32\n"
         "  x: extra in expert 'two', base does not have it\n"
-        "Convert F64 to F32 first (arithmetic is float32), or list these names under `exclude`. "
+        "No option mends this: these models have other parts than the base. Name the base that each was tuned from. "
         "Patterns of `exclude` are globs over whole names: '*.bias', 'model.layers.0.*'."
     )
 
@@ -123,7 +122,7 @@ def test_long_lists_fold_layer_numbers_so_that_nothing_is_cut_off() -> None:
         "51 of 51 tensors do not match the base:\n"
         "  model.layers.*.mlp.bias: missing in expert 'math' (50 tensors)\n"
         "  norm:                    expert 'math' has shape (5,), base (4,)\n"
-        "List these names under `exclude`."
+        "No option mends this: these models have other parts than the base. Name the base that each was tuned from."
     )
 
 
@@ -221,7 +220,7 @@ def test_non_float_tensors_of_another_shape_are_refused_unless_the_base_is_taken
         "\n  ids: expert 'math' has I64 (1, 1024), base I64 (1, 512)\n  n:   expert 'math' has I32 (1,), base"
         in message
     )
-    assert "Keep the base's with `non_float: base`, or list these names under `exclude`." in message
+    assert "\nKeep the base's with `non_float: base`." in message
     merge_set = compared(base, expert, non_float="base")
     assert (actions(merge_set), merge_set.equal) == ({"ids": "copy", "n": "copy"}, ())
 
@@ -338,36 +337,26 @@ def vocabulary(name: str, rows: int, extra: Mapping[str, tuple[str, Shape]] | No
     )
 
 
-def test_truncate_drops_the_experts_extra_rows_and_says_so() -> None:
-    merge_set = compared(vocabulary("b", 10), vocabulary("one", 12), vocabulary("two", 10), vocab="truncate")
-    assert [tensor.shape for tensor in merge_set.tensors] == [(10,), (10, 4), (10, 4)]
-    assert merge_set.elements == 10 + 40 + 40
-    assert merge_set.notes == ("expert 'one': vocab: truncate drops 2 rows of 3 tensors",)
-
-
-def test_truncate_does_not_invent_rows_or_touch_other_tensors() -> None:
-    other: dict[str, tuple[str, Shape]] = {
-        "model.wpe.weight": ("F32", (8, 4)),
-        "layers.0.output.weight": ("F32", (4, 4)),
-    }
-    wider: dict[str, tuple[str, Shape]] = {
-        "model.wpe.weight": ("F32", (9, 4)),
-        "layers.0.output.weight": ("F32", (5, 4)),
-    }
-    message = refusal(vocabulary("b", 10, other), vocabulary("math", 9, wider), vocab="truncate")
-    for line in (
-        "lm_head.bias:              expert 'math' has shape (9,), base (10,)",
-        "lm_head.weight:            expert 'math' has shape (9, 4), base (10, 4)",
-        "layers.0.output.weight:    expert 'math' has shape (5, 4), base (4, 4)",
-        "model.wpe.weight:          expert 'math' has shape (9, 4), base (8, 4)",
-    ):
-        assert f"\n  {line}" in message
-    assert message.endswith("\nResize the vocabulary first, or list these names under `exclude`.")
-
-
-def test_truncate_needs_equal_columns() -> None:
+def test_columns_of_another_number_are_no_matter_of_rows() -> None:
     base, expert = checkpoint("b", {EMBED: ("F32", (10, 4))}), checkpoint("math", {EMBED: ("F32", (12, 5))})
-    assert f"{EMBED}: expert 'math' has shape (12, 5), base (10, 4)" in refusal(base, expert, vocab="truncate")
+    message = refusal(base, expert)
+    assert f"{EMBED}: expert 'math' has shape (12, 5), base (10, 4)" in message
+    assert "vocab" not in message
+
+
+def test_weights_of_fewer_rows_are_not_to_be_had_from_the_first_model() -> None:
+    one, two = vocabulary("one", 10), vocabulary("two", 9)
+    assert "`vocab: base` drops the rows that the base does not have." in refusal(two, one, operand="weight")
+    assert "`vocab" not in refusal(one, two, operand="weight")
+
+
+def test_what_explains_other_shapes_comes_first() -> None:
+    base, expert = checkpoint("b", {"a": ("F32", (4, 4))}), checkpoint("math", {"a": ("F32", (8, 8))})
+    why = Explanation(lines=["expert 'math': config.json has hidden_size 8 (the base's: 4)"])
+    with pytest.raises(
+        CheckpointError, match=r"do not match the base:\n  expert 'math': config.json has hidden_size 8"
+    ):
+        compare(base, [expert], exclude=(), non_float="error", operand="delta", explain=lambda: why)
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

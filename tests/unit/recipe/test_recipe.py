@@ -702,9 +702,22 @@ def test_an_option_the_method_does_not_understand_is_refused(load: Load) -> None
 
 
 def test_options_of_every_method_are_understood_by_every_method(load: Load) -> None:
-    block = {"exclude": ["*.bias"], "vocab": "truncate", "non_float": "base", "semantics": "mergekit"}
+    block = {"exclude": ["*.bias"], "vocab": "base", "non_float": "base", "semantics": "mergekit"}
     options = load(linear(1, 1, ties_dist=block)).options
-    assert (options.exclude, options.vocab, options.non_float) == (("*.bias",), "truncate", "base")
+    assert (options.exclude, options.vocab, options.non_float) == (("*.bias",), "base", "base")
+
+
+def test_what_was_called_truncate_is_read_as_base_and_said(load: Load) -> None:
+    recipe = load(linear(1, 1, ties_dist={"vocab": "truncate"}))
+    assert recipe.options.vocab == "base"
+    assert any("`vocab: truncate` is called `base` now" in note for note in recipe.notes)
+
+
+def test_allowed_words_are_kept_in_the_recipe_and_change_no_bytes(load: Load) -> None:
+    recipe = load(ties(ties_dist={"allow": ["hidden_act"]})).allowing(["tokenizer", "hidden_act"])
+    assert recipe.options.allow == ("hidden_act", "tokenizer")
+    assert "allow: [hidden_act, tokenizer]" in recipe.to_yaml()
+    assert recipe.canonical() == load(ties()).canonical()
 
 
 @pytest.mark.parametrize("key", ["slices", "modules", "tokenizer_source", "tokenizer", "chat_template"])
@@ -1074,7 +1087,7 @@ def test_the_canonical_form_ignores_how_a_value_was_written(load: Load) -> None:
         {"ties_dist": {"weight_before_elect": False}},
         {"ties_dist": {"aggregate": "max"}},
         {"ties_dist": {"exclude": ["*.bias"]}},
-        {"ties_dist": {"vocab": "truncate"}},
+        {"ties_dist": {"vocab": "base"}},
         {"ties_dist": {"non_float": "base"}},
         {"merge_method": "task_arithmetic", "parameters": None},
     ],
