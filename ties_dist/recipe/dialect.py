@@ -7,6 +7,7 @@ what ties_dist cannot do yet is refused by name. Nothing is downloaded: a draft 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _TOP_LEVEL = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "ties_dist")
 _DTYPES = ("float32", "float16", "bfloat16")
+_OTHER_DTYPE = re.compile(r"u?int\d+|float(8.*|64|128)|double|bool|complex\d+")
+"""Meant as written: no guess stands in for it."""
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # mergekit 0.1.5: config.MergeConfiguration, merge_methods/registry.py and the methods' own parameters.
@@ -171,7 +174,8 @@ def _read_dtype(draft: Draft, key: str) -> str | None:
     name = _DTYPE_ALIASES.get(name, name)
     if name in _DTYPES:
         return name
-    draft.problems.append(f"{key}: no dtype {short(value)}; {nearest(name, _DTYPES)}")
+    hint = f"known: {', '.join(_DTYPES)}" if _OTHER_DTYPE.fullmatch(name) else nearest(name, _DTYPES)
+    draft.problems.append(f"{key}: no dtype {short(value)}; {hint}")
     return None
 
 

@@ -18,6 +18,9 @@ from ties_dist.errors import RecipeError
 from ties_dist.messages import nearest
 from ties_dist.methods.parameter import Parameter
 
+_LEAST_PERCENT = 2
+"""1.2 is a slip of a share, or of a weight; nobody keeps 0.012 of a delta."""
+
 Case = tuple[str | None, tuple[float, ...]]
 """A filter (None: every tensor) and its value: one number, or the points of a gradient from first to last layer."""
 
@@ -205,7 +208,7 @@ def _read_number(raw: object, parameter: Parameter) -> float | str:
     too_low = low is not None and (raw < low or (parameter.minimum_exclusive and raw == low))
     if too_low or (high is not None and raw > high):
         found = f"{short(raw)} is out of range: {parameter.name} is {_range(parameter)}"
-        is_percentage = low == 0 and high == 1 and 1 < raw <= 100
+        is_percentage = low == 0 and high == 1 and _LEAST_PERCENT <= raw <= 100
         return f"{found}, not a percentage; did you mean {raw / 100:g}?" if is_percentage else found
     return float(raw) if parameter.kind == "float" else raw
 

@@ -462,7 +462,7 @@ def test_a_density_in_percent_is_refused_with_the_share_that_was_meant(
         load(ties(parameters={"density": value}))
 
 
-@pytest.mark.parametrize("value", [0, -0.5, 200])
+@pytest.mark.parametrize("value", [0, -0.5, 200, 1.2])
 def test_a_density_that_is_no_share_is_refused(load: Load, value: float) -> None:
     with pytest.raises(RecipeError, match=r"is out of range: density is a share in \(0, 1\]$"):
         load(ties(parameters={"density": value}))
@@ -660,7 +660,8 @@ def test_elect_from_the_base_is_refused(load: Load) -> None:
         ({"merge_method": ["ties"]}, r"merge_method: no method \['ties'\]"),
         ({"dtype": "float23"}, r"dtype: no dtype 'float23'; did you mean 'float32'\?"),
         ({"out_dtype": 16}, r"out_dtype: no dtype 16; known: float32, float16, bfloat16"),
-        ({"dtype": "int64"}, r"dtype: no dtype 'int64'"),
+        ({"dtype": "int64"}, r"dtype: no dtype 'int64'; known: float32, float16, bfloat16"),
+        ({"dtype": "float64"}, r"dtype: no dtype 'float64'; known: float32, float16, bfloat16"),
         ({"ties_dist": "paper"}, r"ties_dist: must be a mapping"),
         ({"ties_dist": {"semantics": "papr"}}, r"ties_dist\.semantics: no value 'papr'; did you mean 'paper'\?"),
         ({"ties_dist": {"tie_polcy": "exact_k"}}, r"ties_dist\.tie_polcy: unknown key; did you mean 'tie_policy'\?"),
