@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-KERNELS = "kernels"
-"""Compiled loops, in a folder beside the statistics."""
+KERNELS = f"kernels-{os.geteuid()}"
+"""Compiled loops, in a folder beside the statistics: of one user, since they are run as code."""
 
 
 def cache_folder(asked: Path | None) -> Path:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +24,7 @@ import xxhash
 
 from ties_dist.compiler.loop import Loop, Target, emit
 from ties_dist.dtypes import DType
+from ties_dist.storage.private import PrivateFolder
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +151,9 @@ def load(code: bytes, counters: int) -> NativeKernel:
 
 @dataclass(frozen=True)
 class KernelStore:
-    """Compiled code by name, for this processor or (PTX) any GPU; folder None: nothing is kept.
+    """Compiled code by name, for this processor or (PTX) any GPU, in a folder of this user's alone; None: none is kept.
 
-    What is unreadable or damaged is compiled again.
+    What is damaged, and what another user can have written, is compiled again.
     """
 
     folder: Path | None = None
@@ -175,9 +174,9 @@ class KernelStore:
         if self.folder is None:
             return None
         try:
-            head, _, code = (self.folder / f"{key}.o").read_bytes().partition(b"\n")
+            head, _, code = PrivateFolder(self.folder).read(f"{key}.o").partition(b"\n")
             checksum, counters = head.split()
-            if xxhash.xxh3_128_hexdigest(counters + code).encode() != checksum:
+            if _checksum(counters + code) != checksum:
                 raise ValueError("it is damaged")
             return opened(code, int(counters))
         except FileNotFoundError:
@@ -192,15 +191,10 @@ class KernelStore:
             return
         size = str(counters).encode()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=".new-", dir=self.folder)
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(xxhash.xxh3_128_hexdigest(size + code).encode() + b" " + size + b"\n" + code)
-                os.replace(name, self.folder / f"{key}.o")
-            except OSError:
-                with suppress(OSError):
-                    os.unlink(name)
-                raise
+            PrivateFolder(self.folder).write(f"{key}.o", _checksum(size + code) + b" " + size + b"\n" + code)
         except OSError as error:
             logger.warning("cannot keep the kernel in %s (%s): the next merge compiles again", self.folder, error)
+
+
+def _checksum(content: bytes) -> bytes:
+    return xxhash.xxh3_128_hexdigest(content).encode()

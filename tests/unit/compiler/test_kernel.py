@@ -135,6 +135,19 @@ def test_a_folder_that_cannot_be_written_is_said_and_no_error(tmp_path: Path, ca
     assert "cannot keep the kernel" in caplog.text
 
 
+def test_a_kernel_in_a_folder_that_others_may_write_to_is_never_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = KernelStore(tmp_path / "kept")
+    arguments = ([ones(10)] * 2, state_of(Linear(), 2))
+    merge_with(MergeKernel(Linear(), 2, store=store), *arguments, memoryview(bytearray(40)))
+    (tmp_path / "kept").chmod(0o777)
+    monkeypatch.setattr("ties_dist.compiler.native.load", None)
+    (kept,) = (tmp_path / "kept").glob("*.o")
+    assert store.get(kept.stem) is None
+    assert "others may write to" in caplog.text
+
+
 def test_methods_from_elsewhere_are_never_kept(tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Foreign(Linear):
