@@ -11,22 +11,28 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import psutil
+from pydantic import Field
+
+from ties_dist.messages import show
+from ties_dist.output.documents import Name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """Who holds a lock. boot and namespace make a process id comparable; started tells a recycled one.
 
-    started: as `_started` gives it. elsewhere: whether others write for it, who may outlive it.
+    token: of the names of its files. started: as `_started` gives it. elsewhere: whether others write for it, who may
+    outlive it.
     """
 
-    token: str
+    token: Name
     host: str
     boot: str
     namespace: str
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=1 << 31)]
     started: float
     since: str
     elsewhere: bool = False
@@ -45,7 +51,7 @@ class Holder:
         )
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        return f"process {self.pid} on {show(self.host)}, since {show(self.since)}"
 
     def shares_processes(self, me: Holder) -> bool:
         """Whether the holder's process id means the same process here."""

@@ -11,12 +11,18 @@ import json
 import logging
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
+
+from ties_dist.output.documents import FileName
+from ties_dist.output.manifest import Document, KnownCut, KnownTensorCut
+from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.digests import digest
 from ties_dist.storage.place import Place
-from ties_dist.thresholds import Cuts, ModelCut, TensorCut, Threshold
+from ties_dist.thresholds import Cuts, ModelCut
 from ties_dist.values.items import MergeResult, Range, WorkItem
 
 logger = logging.getLogger(__name__)
@@ -111,10 +117,6 @@ def _is_free(taken: Sequence[Range], wanted: Range) -> bool:
     return free_before and (place == len(taken) or wanted.stop <= taken[place].start)
 
 
-def _unpacked(packed: Sequence[Any]) -> tuple[ModelCut, ...]:
-    return tuple(ModelCut(Threshold(*threshold), tensor, before) for threshold, tensor, before in packed)
-
-
 def read_journals(place: Place, run: str, counters: Sequence[str] | None = None) -> Record:
     """All facts of all journals of a run; torn or damaged lines are passed over.
 
@@ -132,7 +134,8 @@ def read_journals(place: Place, run: str, counters: Sequence[str] | None = None)
             checksum, _, text = line.partition(b" ")
             if digest(text)[:16].encode() != checksum:
                 continue
-            _take(record, json.loads(text), counters)
+            with suppress(ValidationError):  # of a later version, or never written by us
+                _take(record, _FACT.validate_json(text), counters)
     if record.unreadable:
         logger.warning(
             "%d merged ranges in the journal have the counts of another version: they are merged again, with the same "
@@ -142,46 +145,89 @@ def read_journals(place: Place, run: str, counters: Sequence[str] | None = None)
     return record
 
 
-def _take(record: Record, fact: dict[str, Any], counters: Sequence[str] | None) -> None:
+def _take(record: Record, fact: Fact, counters: Sequence[str] | None) -> None:
     match fact:
-        case {"kind": "merged"} if counters is not None and not _counted_by(fact, counters):
+        case MergedFact() if counters is not None and not fact.counted_by(counters):
             record.unreadable += 1
-        case {"kind": "merged"}:
-            record.merged.append(_result(fact))
-        case {"kind": "cuts", "tensor": str(tensor), "cuts": list(cuts)}:
-            record.cuts[tensor] = tuple(TensorCut(*c) for c in cuts)
-        case {"kind": "thresholds", "cuts": list(cuts)}:
-            record.thresholds = _unpacked(cuts)
-        case {"kind": "publishing"}:
+        case MergedFact():
+            record.merged.append(fact.result)
+        case CutsFact():
+            record.cuts[fact.tensor] = fact.cuts
+        case ThresholdsFact():
+            record.thresholds = fact.cuts
+        case PublishingFact():
             record.publishing = True
 
 
-def _counted_by(fact: Mapping[str, Any], counters: Sequence[str]) -> bool:
-    """Whether the rows of a line are of these counters.
+# -- the lines as they are read: each is whole and sensible, or is passed over -----------------------------------------
 
-    Version 0.1.0 named none. It had today's order but where a method from elsewhere trims: those rows were two numbers
-    an expert shorter.
-    """
-    if "counters" in fact:
-        return bool(list(counters) == fact["counters"])
-    return all(len(row) == len(counters) for row in fact["counts"].values())
+Number = Annotated[int, Field(gt=-(1 << 62), lt=1 << 62)]
 
 
-def _ranges(values: Mapping[str, Any]) -> tuple[Range, ...]:
-    """Of a line; one of version 0.1.0 names its only range without a list."""
-    listed = values["ranges"] if "ranges" in values else [[values["shard"], values["start"], values["stop"]]]
-    return tuple(Range(str(file), int(start), int(stop)) for file, start, stop in listed)
+class MergedFact(Document):
+    """counters: None in lines of version 0.1.0, which named none."""
+
+    kind: Literal["merged"]
+    ranges: Annotated[tuple[tuple[FileName, NonNegativeInt, NonNegativeInt], ...], Field(min_length=1)]
+    state: str
+    majority: Number
+    blocks: tuple[str, ...]
+    counters: tuple[str, ...] | None = None
+    counts: Mapping[str, tuple[Number, ...]]
+    dependent: Number
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, values: Any) -> Any:
+        """A line of version 0.1.0 names its only range without a list."""
+        if isinstance(values, dict) and "ranges" not in values:
+            return {**values, "ranges": [[values.get(name) for name in ("shard", "start", "stop")]]}
+        return values
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        ranges = self.result.item.ranges
+        if any(each.start % BLOCK_BYTES or each.nbytes <= 0 for each in ranges):
+            raise ValueError("a range of no blocks")
+        if sum(each.blocks for each in ranges) != len(self.blocks):
+            raise ValueError("as many digests as blocks are due")
+        return self
+
+    @property
+    def result(self) -> MergeResult:
+        return MergeResult(
+            item=WorkItem(tuple(Range(*each) for each in self.ranges)),
+            state_digest=self.state,
+            majority=self.majority,
+            blocks=self.blocks,
+            counts=self.counts,
+            dependent=self.dependent,
+        )
+
+    def counted_by(self, counters: Sequence[str]) -> bool:
+        """Whether the rows are of these counters.
+
+        Version 0.1.0 had today's order but where a method from elsewhere trims: those rows were two numbers an expert
+        shorter.
+        """
+        named = self.counters is None or self.counters == tuple(counters)
+        return named and all(len(row) == len(counters) for row in self.counts.values())
 
 
-def _result(fact: Mapping[str, object]) -> MergeResult:
-    values: Mapping[str, object] = fact
-    counts = values["counts"]
-    assert isinstance(counts, dict)
-    return MergeResult(
-        item=WorkItem(_ranges(values)),
-        state_digest=str(values["state"]),
-        majority=int(str(values["majority"])),
-        blocks=tuple(values["blocks"]),  # type: ignore[arg-type]
-        counts={name: tuple(c) for name, c in counts.items()},
-        dependent=int(str(values["dependent"])),
-    )
+class CutsFact(Document):
+    kind: Literal["cuts"]
+    tensor: str
+    cuts: tuple[KnownTensorCut, ...]
+
+
+class ThresholdsFact(Document):
+    kind: Literal["thresholds"]
+    cuts: tuple[KnownCut, ...]
+
+
+class PublishingFact(Document):
+    kind: Literal["publishing"]
+
+
+Fact = MergedFact | CutsFact | ThresholdsFact | PublishingFact
+_FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, JsonValue, NonNegativeInt, model_validator
 
-from ties_dist.thresholds import ModelCut
+from ties_dist.output.documents import FileName, Name
+from ties_dist.storage.base import BLOCK_BYTES
+from ties_dist.thresholds import ModelCut, TensorCut
 from ties_dist.values.inputs import Sight
 
 
@@ -23,8 +25,34 @@ class Document(BaseModel):
 class Shard(Document):
     """blocks: digest of each 1 MiB."""
 
-    size: int
+    size: NonNegativeInt
     blocks: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _is_covered(self) -> Self:
+        if len(self.blocks) != -(-self.size // BLOCK_BYTES):
+            raise ValueError(f"{len(self.blocks)} digests of {self.size} bytes")
+        return self
+
+
+def _is_float32(bits: int) -> None:
+    if not 0 <= bits < 1 << 32:
+        raise ValueError(f"{bits} is no pattern of a float32")
+
+
+def _checked(cut: ModelCut) -> ModelCut:
+    _is_float32(cut.threshold.bits)
+    return cut
+
+
+def _tensor_checked(cut: TensorCut) -> TensorCut:
+    _is_float32(cut.bits)
+    return cut
+
+
+KnownCut = Annotated[ModelCut, AfterValidator(_checked)]
+KnownTensorCut = Annotated[TensorCut, AfterValidator(_tensor_checked)]
+"""Thresholds as a file has them."""
 
 
 def _listed(found: object) -> object:
@@ -39,7 +67,7 @@ class Origin(Document):
 
     models: Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_listed)]] = {}
     max_shard_bytes: int | None = None
-    thresholds: tuple[ModelCut, ...] = ()
+    thresholds: tuple[KnownCut, ...] = ()
     majority: int | None = None
     sight: Sight | None = None
 
@@ -47,13 +75,13 @@ class Origin(Document):
 class Manifest(Document):
     """A finished model. companions: files beside the weights that it was published with."""
 
-    fingerprint: str
+    fingerprint: Name
     semantics_version: int = 1
     """The first did not say it."""
     output_digest: str = ""
-    companions: tuple[str, ...] = ()
+    companions: tuple[FileName, ...] = ()
     origin: Origin
-    shards: Mapping[str, Shard]
+    shards: Mapping[FileName, Shard]
 
 
 class Begun(Document):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from ties_dist.output.documents import parse
+from ties_dist.output.documents import Name, parse
 
 VERSION = 1
 
@@ -66,7 +66,7 @@ class MergeReport:
     threads: int
     unit_bytes: int
     output_digest: str
-    fingerprint: str
+    fingerprint: Name
     majority_sign: int | None = None
     thresholds_from: str | None = None
     mispredicted: bool = False

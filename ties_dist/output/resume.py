@@ -17,10 +17,12 @@ from ties_dist.output.lock import STATE
 from ties_dist.output.manifest import Begun, Origin
 from ties_dist.output.report import MergeReport
 from ties_dist.planning.layout import OutputShard
-from ties_dist.planning.plan import SEMANTICS_VERSION
+from ties_dist.planning.plan import SEMANTICS_VERSION, MergePlan
 from ties_dist.planning.prepare import Job
+from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.place import Check, unchecked
 from ties_dist.storage.rehearsal import rehearse
+from ties_dist.values.items import Range
 
 WRITE_BACK = "write-back"
 """The word that allows an OUT on a cache that stores later what it acknowledges."""
@@ -56,7 +58,7 @@ def gate(out: OutFolder, job: Job, coming_bytes: int = 0) -> Standing:
     begun = None if fresh else _begun(out, out.fingerprint)
     if changed := _changed(job, begun):
         raise _inputs_changed(out, changed)
-    record = Record() if fresh else read_journals(out.place, out.run, job.plan.counters.names)
+    record = Record() if fresh else usable(read_journals(out.place, out.run, job.plan.counters.names), job.plan)
     _check_space(out, job, record, coming_bytes)
     if any(entry.name == STATE for entry in out.place.list()):
         rehearse(out.place, STATE, into=STATE)
@@ -166,6 +168,23 @@ def _unfinished(out: OutFolder, job: Job, other: str) -> OutputError | Checkpoin
 
 def _versions(found: int) -> str:
     return f"semantics {found}, this one has {SEMANTICS_VERSION}"
+
+
+def usable(record: Record, plan: MergePlan) -> Record:
+    """What of a record can be of this plan: a journal that is none of ours must not reach beyond it."""
+    sizes = {shard.name: shard.size for shard in plan.layout.shards}
+    counted = {tensor.source for tensor in plan.counted}
+
+    def fits(each: Range) -> bool:
+        size = sizes.get(each.file, 0)
+        return each.stop == size or (each.stop < size and each.stop % BLOCK_BYTES == 0)
+
+    return replace(
+        record,
+        merged=[r for r in record.merged if all(map(fits, r.item.ranges)) and r.counts.keys() <= counted],
+        cuts={tensor: cuts for tensor, cuts in record.cuts.items() if len(cuts) == len(plan.experts)},
+        thresholds=record.thresholds if len(record.thresholds or ()) == len(plan.experts) else None,
+    )
 
 
 def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) -> None:

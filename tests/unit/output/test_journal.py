@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -282,3 +283,40 @@ def test_rows_of_an_earlier_version_are_taken_where_they_have_as_many_numbers(
     )
     (tmp_path / "journal-0.jsonl").write_text(f"{digest(text.encode())[:16]} {text}\n")
     assert len(journals_of(tmp_path, COUNTERS).merged) == taken
+
+
+# -- lines that nobody of us wrote -------------------------------------------------------------------------------------
+
+LINE = {
+    "kind": "merged", "ranges": [["a", 0, 1 << 20]], "state": "s", "majority": 1, "blocks": ["x"],
+    "counters": list(COUNTERS), "counts": {"w": [1, 2, 3]}, "dependent": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ranges": [["../a", 0, 1 << 20]]},
+        {"ranges": [["/etc/passwd", 0, 1 << 20]]},
+        {"ranges": [["a\u001b[2J", 0, 1 << 20]]},
+        {"ranges": [["", 0, 1 << 20]]},
+        {"ranges": []},
+        {"ranges": [["a", 0]]},
+        {"ranges": [["a", "zero", 1 << 20]]},
+        {"ranges": [["a", 1 << 20, 0]]},
+        {"ranges": [["a", 512, 1 << 20]]},
+        {"ranges": [["a", 0, 1 << 70]]},
+        {"blocks": ["x", "y"]},
+        {"blocks": None},
+        {"counts": {"w": [1, 2, "three"]}},
+        {"counts": {"w": [1 << 63, 0, 0]}},
+        {"counts": [1, 2, 3]},
+        {"dependent": None},
+        {"kind": ["merged"]},
+    ],
+)
+def test_a_line_that_makes_no_sense_is_passed_over(changes: dict[str, object], tmp_path: Path) -> None:
+    lines = [json.dumps(fact) for fact in (LINE, {**LINE, **changes})] + ["[]", "1", '"merged"', "{"]
+    (tmp_path / "journal-0.jsonl").write_text("".join(f"{digest(x.encode())[:16]} {x}\n" for x in lines))
+    (found,) = journals_of(tmp_path, COUNTERS).merged
+    assert found.item == WorkItem((Range("a", 0, 1 << 20),))

@@ -450,3 +450,34 @@ def test_a_process_that_was_stopped_inside_the_guard_holds_nobody_up_for_ever(
         lock.acquire()
         assert 0.3 <= time.monotonic() - began < 5
     lock.check()
+
+
+# -- locks that nobody of us wrote -------------------------------------------------------------------------------------
+
+
+def a_dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_token_that_leaves_the_folder_removes_nothing(folder: Path, open_lock: OpenLock) -> None:
+    victim = folder.parent.parent / "victim"
+    victim.write_text("mine")
+    (folder / "lease-x").mkdir(parents=True)
+    named = replace(Holder.myself(), pid=a_dead_process(), token="x/../../../victim")
+    (folder / "lock").write_text(json.dumps(asdict(named)))
+    assert (folder / f"lease-{named.token}").resolve() == victim
+    held = open_lock()
+    held.acquire()
+    held.check()
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("pid", ["text", 0, -1, 1 << 31, 1 << 70, 1.5, None])
+def test_a_lock_whose_process_is_no_number_of_one_holds_nobody(pid: object, folder: Path, open_lock: OpenLock) -> None:
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text(json.dumps({**asdict(Holder.myself()), "pid": pid}))
+    held = open_lock()
+    held.acquire()
+    assert held.holder() == held.me
