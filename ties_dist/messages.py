@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+SHORTAGES = {
+    errno.EMFILE: "too many open files. Raise the limit (`ulimit -n`) and run again.",
+    errno.ENFILE: "the machine has too many open files. Close some, or raise its limit, and run again.",
+    errno.ENOMEM: "there is no memory left. Free some, or lower --memory-budget or --threads, and run again.",
+}
+"""What the machine, not a file, is to blame for."""
+
+
+def reason(error: OSError | MemoryError) -> str:
+    """Why the machine refused something, and what to do where that is known."""
+    if isinstance(error, MemoryError):
+        return SHORTAGES[errno.ENOMEM]
+    if error.errno in SHORTAGES:
+        return SHORTAGES[error.errno]
+    if error.errno == errno.ENOENT and error.filename is None and not _has_working_folder():
+        return "the working directory is gone. Change into one that is there and run again."
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}."
+
+
+def _has_working_folder() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

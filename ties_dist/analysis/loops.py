@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ties_dist.kernels.compiled import compiled
 from ties_dist.kernels.histogram import _as_bits, _load
 
 BUCKET_SHIFT = 20
@@ -31,7 +31,7 @@ MOST_EXPERTS = 127
 """Levels carry a sign in one byte."""
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def measure(
     base: Any, expert: Any, thresholds: Any, counts: Any, significands: Any, deltas: Any, levels: Any
 ) -> None:  # fmt: skip
@@ -51,7 +51,7 @@ def measure(
         _count(bits[:size], buckets[:size], counts, significands)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _subtract(base: Any, expert: Any, deltas: Any, bits: Any) -> None:
     for i in range(base.size):
         delta = _load(expert, i) - _load(base, i)
@@ -59,7 +59,7 @@ def _subtract(base: Any, expert: Any, deltas: Any, bits: Any) -> None:
         bits[i] = np.int32(_as_bits(delta) & np.uint32(0x7FFFFFFF))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _place(bits: Any, thresholds: Any, buckets: Any, reached: Any) -> None:
     for i in range(bits.size):
         buckets[i] = bits[i] >> np.int32(BUCKET_SHIFT)
@@ -71,13 +71,13 @@ def _place(bits: Any, thresholds: Any, buckets: Any, reached: Any) -> None:
             buckets[i] = buckets[i] + at_least + np.int32(bits[i] > threshold)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _sign(deltas: Any, reached: Any, levels: Any) -> None:
     for i in range(deltas.size):
         levels[i] = np.int8(reached[i] if deltas[i] > 0 else (-reached[i] if deltas[i] < 0 else 0))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count(bits: Any, buckets: Any, counts: Any, significands: Any) -> None:
     for i in range(bits.size):
         counts[buckets[i]] += 1
@@ -85,14 +85,14 @@ def _count(bits: Any, buckets: Any, counts: Any, significands: Any) -> None:
         significands[buckets[i]] += np.int64(bits[i] & np.int32(0x7FFFFF)) | implicit
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def widen(values: Any, out: Any) -> None:
     """values: (n,) as of `measure`; out: (n,) float32."""
     for i in range(values.size):
         out[i] = _load(values, i)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def multiply(rows: Any, gram: Any) -> None:
     """Add the inner products of rows to the upper triangle of `gram`, in place.
 
@@ -111,13 +111,13 @@ def multiply(rows: Any, gram: Any) -> None:
             gram[a, b] += total
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _add_products(left: Any, right: Any, sums: Any) -> None:
     for i in range(left.size):
         sums[i] += np.float64(left[i]) * np.float64(right[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def compare(deltas: Any, levels: Any, chosen: Any, conflicts: Any, signs: Any, sums: Any) -> None:
     """Count sign conflicts, and sum the magnitudes of three means, in place.
 

@@ -21,7 +21,7 @@ from ties_dist.checkpoints.header import AGAIN, LENGTH_BYTES, TensorEntry, colle
 from ties_dist.checkpoints.modules import MODULES, Below, module_folders
 from ties_dist.checkpoints.parameters import OpenFiles, Parameter
 from ties_dist.errors import CheckpointError
-from ties_dist.messages import brief, listing, show
+from ties_dist.messages import brief, listing, reason, show
 from ties_dist.storage.base import Reader
 from ties_dist.storage.place import is_plain
 
@@ -288,7 +288,7 @@ class _Catalogue:
                 gone = "is named in the index but missing." if self.weight_map is not None else "is missing."
                 self.problems.append(f"{shard}: {lost_links(self.folder, [shard]) or gone}")
             except (OSError, CheckpointError) as error:
-                self.problems.append(f"{shard}: cannot be read: {error}")
+                self.problems.append(f"{shard}: cannot be read: {_why(error)}")
             if len(self.problems) == before:
                 unread.discard(shard)
         # One unread shard would make every tensor in it look lost.
@@ -387,7 +387,7 @@ class _Catalogue:
             raw = self._read(file, 0, size)
             value: object = json.loads(raw.decode(), object_pairs_hook=collector(repeated) if unique_keys else None)
         except (OSError, CheckpointError) as error:
-            self.problems.append(f"{file}: cannot be read: {error}")
+            self.problems.append(f"{file}: cannot be read: {_why(error)}")
             return None
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
             self.problems.append(f"{file}: not valid JSON: {error}")
@@ -418,3 +418,7 @@ class _Catalogue:
 
 def _weights_in(names: Iterable[str]) -> bool:
     return any(name.endswith((_SUFFIX, _INDEX_SUFFIX, ".gguf", *OTHER_WEIGHTS)) for name in names)
+
+
+def _why(error: OSError | CheckpointError) -> str:
+    return reason(error) if isinstance(error, OSError) else str(error)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,21 @@ from typing import TYPE_CHECKING
 import click
 
 from ties_dist.cli.options import TALK, alone, takes
-from ties_dist.cli.terminal import SIGINT_STATUS, log, progress, say, signals, tell_error
+from ties_dist.cli.terminal import (
+    SIGINT_STATUS,
+    SIGPIPE_STATUS,
+    done,
+    drop_output,
+    log,
+    open_streams,
+    progress,
+    say,
+    signals,
+    tell,
+    tell_error,
+)
 from ties_dist.errors import OutputError, TiesDistError
+from ties_dist.messages import reason
 from ties_dist.planning.keywords import AnalyzeKeywords, MergeKeywords, PlanKeywords, SweepKeywords
 from ties_dist.planning.options import Cluster, RunOptions
 
@@ -27,7 +41,20 @@ if TYPE_CHECKING:
     from ties_dist.statistics.collected import Kind
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """Ends as a command should whose reader has seen enough (`ties-dist plan ... | head`)."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            found = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            drop_output()
+            ctx.exit(SIGPIPE_STATUS)
+        return found
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ties-dist", message="%(version)s")
 @click.option(
     "--log-format",
@@ -58,10 +85,11 @@ def merge_command(recipe: Path, out: Path, options: MergeKeywords, as_json: bool
 
         with redirect_stdout(sys.stderr):  # Ray prints what its nodes say
             report = merge(recipe, out, stop=stop, progress=progress(quiet), told=partial(say, quiet), **options)
-    if as_json:
-        click.echo(report.to_json())
-    elif not quiet:
-        merge_table(report, out, tensors=bool(verbose))
+    with done():
+        if as_json:
+            click.echo(report.to_json())
+        elif not quiet:
+            merge_table(report, out, tensors=bool(verbose))
 
 
 @cli.command("submit", context_settings={"ignore_unknown_options": True})
@@ -143,7 +171,7 @@ def sweep_command(
         from ties_dist.cli.tables import sweep_table
         from ties_dist.sweeping.sweeping import parse_values, sweep
 
-        done = sweep(
+        swept = sweep(
             recipe,
             out,
             density=parse_values(density, "density") if density else (),
@@ -153,11 +181,12 @@ def sweep_command(
             told=partial(say, quiet),
             **options,
         )
-    if as_json:
-        documents = [{"out": str(s.path), "values": s.variant.values, "report": asdict(s.report)} for s in done]
-        click.echo(json.dumps(documents, indent=2))
-    elif not quiet:
-        sweep_table(done)
+    with done():
+        if as_json:
+            documents = [{"out": str(s.path), "values": s.variant.values, "report": asdict(s.report)} for s in swept]
+            click.echo(json.dumps(documents, indent=2))
+        elif not quiet:
+            sweep_table(swept)
 
 
 @cli.command("plan")
@@ -309,10 +338,11 @@ def collect_command(
             progress=progress(quiet),
         )
     found = {"kind": store.origin.kind, "arrays": len(store.arrays), "examples": store.origin.examples}
-    if as_json:
-        click.echo(json.dumps(found | {"store": str(store.path)}, indent=2))
-    elif not quiet:
-        click.echo(f"{store.path}: {found['kind']} of {found['arrays']} tensors from {found['examples']} examples")
+    with done():
+        if as_json:
+            click.echo(json.dumps(found | {"store": str(store.path)}, indent=2))
+        elif not quiet:
+            click.echo(f"{store.path}: {found['kind']} of {found['arrays']} tensors from {found['examples']} examples")
 
 
 @cli.command("methods")
@@ -350,6 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Importing and compiling allocate millions of objects that stay: collecting them costs a second of a merge.
     gc.set_threshold(200_000, 50, 50)
+    open_streams()
     try:
         status = cli.main(arguments, prog_name="ties-dist", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -363,6 +394,9 @@ def main(arguments: list[str] | None = None) -> None:
     except TiesDistError as error:
         tell_error(error)
         sys.exit(error.exit_status)
+    except (OSError, MemoryError) as error:
+        tell(logging.ERROR, f"{type(error).__name__}: {reason(error)}")
+        sys.exit(TiesDistError.exit_status)
 
 
 def console() -> None:
@@ -370,6 +404,7 @@ def console() -> None:
     try:
         main()
     except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # was told, or cannot be
+                stream.flush()
         os._exit(end.code if isinstance(end.code, int) else 1 if end.code else 0)

@@ -27,10 +27,16 @@ PIPE_WIDTH = 200
 """Columns where there is no terminal to ask: rich would take 80 and cut names and numbers short."""
 
 
+class Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to the command, which knows whether its work is done; rich would end the process."""
+        raise  # what it is called for
+
+
 def _console() -> Console:
     """Standard output; names and paths are printed as they are, and no table is squeezed into a pipe."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return Output(highlight=False, markup=False, emoji=False, width=width)
 
 
 def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> None:

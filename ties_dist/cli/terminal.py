@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -24,6 +24,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SIGINT_STATUS = 130
+SIGPIPE_STATUS = 141
+
+
+def open_streams() -> None:
+    """Where the three streams were closed before we began, open them to nowhere.
+
+    Else the next files that are opened get their numbers: what a library prints would go into a shard.
+    """
+    for number, mode in enumerate("rww"):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+        name = ("stdin", "stdout", "stderr")[number]
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+@contextmanager
+def done() -> Iterator[None]:
+    """Around what is printed of work that was done: that it cannot be printed does not undo it."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        tell(logging.WARNING, f"the summary cannot be written ({error.strerror or error}); the work is done.")
+        drop_output()
+
+
+def drop_output() -> None:
+    """What standard output still holds, and gets, goes nowhere from here on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(quiet: bool, notes: Sequence[str]) -> None:
@@ -35,7 +67,8 @@ def tell(level: int, text: str) -> None:
     """On stderr, in the form of the log."""
     if _as_json():
         logger.log(level, "%s", text)
-    else:
+        return
+    with suppress(OSError):  # nobody is there to be told: the work goes on
         click.echo(text, err=True)
 
 
@@ -47,7 +80,7 @@ def tell_error(error: TiesDistError) -> None:
         facts |= {"node": error.node} if error.node is not None else {}
         logger.error("%s", message, extra={"numbers": facts | ({"exception": trace} if trace else {})})
         return
-    click.echo(f"{trace}{message}", err=True)
+    tell(logging.ERROR, f"{trace}{message}")
 
 
 def _as_json() -> bool:

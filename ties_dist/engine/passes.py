@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -130,7 +130,12 @@ class Passes:
 
     def warm_up(self) -> None:
         """Let the kernel compile while thresholds are looked for; `merge_missing` waits for it."""
-        self._warming = threading.Thread(target=self.step.warm_up, name="compile", daemon=True)
+
+        def prepare() -> None:
+            with suppress(OSError, MemoryError):  # met again, and told, where a kernel is needed
+                self.step.warm_up()
+
+        self._warming = threading.Thread(target=prepare, name="compile", daemon=True)
         self._warming.start()
 
     def find_thresholds(self, known: Sequence[ModelCut] | None = None) -> None:

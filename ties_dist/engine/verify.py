@@ -159,7 +159,10 @@ def _check_sample(
     units = list(job.plan.items())
     chosen = random.sample(units, max(1, min(len(units), round(share * len(units)))))
     passes = _passes(job)
-    if origin.thresholds:
+    trim = job.plan.needs.trim
+    if trim is not None and trim.scope == "model":
+        if len(origin.thresholds) != len(job.plan.experts):
+            raise OutputError(f"{out}/{MANIFEST} is damaged: {len(origin.thresholds)} thresholds.")
         passes.find_thresholds(origin.thresholds)
     problems = []
     with phase(progress, "sample", sum(u.nbytes for u in chosen)):

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
+
+from ties_dist.kernels.compiled import compiled
 
 
 @intrinsic
@@ -40,7 +42,7 @@ def _load_overload(array, i):
     return lambda array, i: array[i]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def count_magnitudes(base: Any, expert: Any, coarse: Any, fine: Any, fine_start: Any) -> None:
     """Add |expert - base| to the histograms, in place.
 
@@ -68,7 +70,7 @@ def count_magnitudes(base: Any, expert: Any, coarse: Any, fine: Any, fine_start:
         fine[i] += counted[i]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def count_equal(base: Any, expert: Any, pattern: Any) -> Any:
     """How many |expert - base| have exactly this bit pattern (uint32)."""
     equal = 0
@@ -78,7 +80,7 @@ def count_equal(base: Any, expert: Any, pattern: Any) -> Any:
     return equal
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def find_equal(base: Any, expert: Any, pattern: Any, rank: Any) -> Any:
     """Index of the `rank`-th (from 0) element whose |delta| has this pattern; -1 if there are fewer."""
     for i in range(base.size):

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ties_dist.kernels.compiled import compiled
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def add_product(values: Any, start: Any, columns: Any, left: Any, right: Any, first: Any, scaling: Any) -> None:
     """values += scaling * (left @ right), for elements [start, start + n) of a matrix, in place.
 
@@ -37,7 +38,7 @@ def add_product(values: Any, start: Any, columns: Any, left: Any, right: Any, fi
         at += width
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def scale(values: Any, start: Any, columns: Any, factors: Any, by_row: Any) -> None:
     """values *= a factor of their row or column, in place. values, start, columns: as of `add_product`.
 
@@ -48,7 +49,7 @@ def scale(values: Any, start: Any, columns: Any, factors: Any, by_row: Any) -> N
         values[i] *= factors[row] if by_row else factors[start + i - row * columns]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def add_squares(values: Any, columns: Any, sums: Any, by_row: Any) -> None:
     """Add the squares of whole rows to the sum of their row or column. values: (rows * columns,) float32; sums: (rows,)
     or (columns,) float64."""

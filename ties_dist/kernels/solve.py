@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ties_dist.kernels.compiled import compiled
 
 PANEL = 48
 """Columns of the factor that are made together; the trailing part is then read once for all of them."""
@@ -18,7 +19,7 @@ COLUMNS = 512
 """Of the right-hand side at a time: four rows of them stay in the first-level cache."""
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def add_gram(total: Any, gram: Any, weight: Any, alpha: Any) -> None:
     """total += weight * gram with off-diagonals scaled by alpha. total: (n, n) float64; gram: (n, n) float32."""
     n = total.shape[0]
@@ -28,7 +29,7 @@ def add_gram(total: Any, gram: Any, weight: Any, alpha: Any) -> None:
             total[i, j] += scale * np.float64(gram[i, j])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def add_product(total: Any, gram: Any, columns: Any, weight: Any, alpha: Any) -> None:
     """total += scaled gram @ columns. total: (n, m) float64; gram: (n, n) float32; columns: (n, m) float32."""
     n, m = total.shape
@@ -53,7 +54,7 @@ def add_product(total: Any, gram: Any, columns: Any, weight: Any, alpha: Any) ->
                     total[i, j] += s0 * np.float64(columns[k, j])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def factorise(matrix: Any, smallest: Any) -> Any:
     """Cholesky's lower factor in place, (n, n) float64. Returns False at a pivot that is not above `smallest`."""
     n = matrix.shape[0]
@@ -96,7 +97,7 @@ def factorise(matrix: Any, smallest: Any) -> Any:
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def substitute(factor: Any, right: Any) -> None:
     """Solve (factor @ factor.T) x = right in place. factor: (n, n) float64, its lower part; right: (n, m) float64."""
     n, m = right.shape

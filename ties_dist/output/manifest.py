@@ -55,6 +55,12 @@ KnownTensorCut = Annotated[TensorCut, AfterValidator(_tensor_checked)]
 """Thresholds as a file has them."""
 
 
+def _is_path(part: str) -> str:
+    if "\0" in part:
+        raise ValueError(f"{part!r} is no path")
+    return part
+
+
 def _listed(found: object) -> object:
     return (found,) if isinstance(found, str) else found
 
@@ -65,7 +71,7 @@ class Origin(Document):
     models: by the recipe's text, where they are as seen from OUT: the model, and the adapter that is applied to it.
     """
 
-    models: Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_listed)]] = {}
+    models: Mapping[str, Annotated[tuple[Annotated[str, AfterValidator(_is_path)], ...], BeforeValidator(_listed)]] = {}
     max_shard_bytes: int | None = None
     thresholds: tuple[KnownCut, ...] = ()
     majority: int | None = None

@@ -119,6 +119,8 @@ def locate(text: str, roots: Sequence[Path], where: str = "") -> Location | str:
         return f"'{text}' is ambiguous: {existing[0]} and {existing[1]} both exist; write one of them in full"
     if existing:
         path = existing[0].parent if existing[0].name == ADAPTER_WEIGHTS else existing[0]
+        if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+            return f"'{text}' cannot be read: permission denied"
         if path.is_dir() or path.suffix == ".safetensors":
             return Location(identity=(str(path.resolve()), None), text=text, path=path, where=where, tried=tried)
         return f"'{text}' is neither a folder nor a .safetensors file; name the folder that holds the model"

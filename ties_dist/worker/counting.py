@@ -14,7 +14,8 @@ import numpy as np
 
 from ties_dist.compiler.slices import decoded, numbers
 from ties_dist.dtypes import TYPES, DType
-from ties_dist.errors import CheckpointError
+from ties_dist.errors import CheckpointError, PlanError
+from ties_dist.messages import SHORTAGES, reason
 from ties_dist.planning.layout import Segment
 from ties_dist.planning.plan import MergePlan
 from ties_dist.thresholds import (
@@ -56,11 +57,11 @@ class ModelReader:
         try:
             return view.read(self.files, start, stop)
         except OSError as error:  # gone since its header was read, or a failing disk
-            reason = error.strerror or str(error)
             files = " or ".join(sorted({piece.file for piece in view.pieces(start, stop)}))
-            raise CheckpointError(
-                f"'{self.model.name}': {files} cannot be read: {reason}. Restore the file and run again."
-            ) from error
+            said = f"'{self.model.name}': {files} cannot be read"
+            if error.errno in SHORTAGES:
+                raise PlanError(f"{said}: {reason(error)}") from error
+            raise CheckpointError(f"{said}: {error.strerror or error}. Restore the file and run again.") from error
 
     def type(self, tensor: str) -> DType:
         """Of its operands."""
