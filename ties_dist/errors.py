@@ -20,7 +20,19 @@ Messages say what is wrong with which thing, what was found and expected, and wh
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+"""Control codes but tab and newline, what turns the direction of writing or takes no room, halves of characters."""
+
+
+def printable(text: str) -> str:
+    """Text as it may be shown: names in it come from files of others, and may hold what a terminal obeys."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class TiesDistError(Exception):
@@ -32,6 +44,9 @@ class TiesDistError(Exception):
     exit_status: ClassVar[int] = 2
     node: str | None = None
     item: object = None
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class RecipeError(TiesDistError, ValueError):

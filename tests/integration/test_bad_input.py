@@ -23,9 +23,9 @@ import yaml
 from torch import Tensor
 
 import ties_dist
-from tests.conftest import Checkpoints, random_models, write_checkpoint
+from tests.conftest import Checkpoints, random_models, write_checkpoint, write_job
 from tests.integration.command import SHAPES, Outcome, contents, finish, readable_files, run, start
-from ties_dist.errors import StoppedError
+from ties_dist.errors import OutputError, StoppedError
 from ties_dist.output.lock import RunLock
 from ties_dist.storage.local import LocalWriter
 from ties_dist.storage.local_place import LocalPlace
@@ -900,3 +900,35 @@ def test_an_expert_equal_to_the_base_is_allowed_and_said(
     ended = run(capsys, "merge", merge_job([models[0], models[0], models[1]]), tmp_path / "out")
     assert ended.status == 0
     assert "expert 'expert-0' looks equal to the base" in ended.err
+
+
+# -- names that a terminal obeys ---------------------------------------------------------------------------------------
+
+CODES = "\x1b[2J\x1b]0;owned\x07\u202e"
+ESCAPED = "\\x1b[2J\\x1b]0;owned\\x07\\u202e"
+
+
+def test_no_name_reaches_terminal_log_or_card_with_its_control_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = random_models({f"layer{CODES}.weight": (40, 30)}, experts=1)
+    recipe = write_job(tmp_path / f"job{CODES}", models)
+    (recipe.parent / "expert-0").rename(recipe.parent / f"expert{CODES}")
+    document = json.loads(recipe.read_text())
+    document["models"][0]["model"] = f"expert{CODES}"
+    recipe.write_text(json.dumps(document))
+    out = tmp_path / f"out{CODES}"
+    shown = [run(capsys, *words) for words in (
+        ("merge", recipe, out, "-v"), ("merge", recipe, out), ("plan", recipe, out), ("analyze", recipe),
+        ("inspect", recipe.parent / "base"), ("status", out), ("verify", out, "--sha256"), ("merge", out, out),
+        ("sweep", recipe, tmp_path / f"sweep{CODES}", "--lambda", "1,2"),
+    )]  # fmt: skip
+    text = "".join(each.out + each.err for each in shown) + (out / "README.md").read_text()
+    assert ESCAPED in text
+    assert [c for c in text if not c.isprintable() and c != "\n"] == []
+
+
+def test_an_error_is_printable_wherever_it_is_shown() -> None:
+    error = OutputError(f"{CODES}\ud800\nnext\tline \u00a0 é")
+    assert str(error) == f"{ESCAPED}\\ud800\nnext\tline \u00a0 é"
+    assert error.args == (f"{CODES}\ud800\nnext\tline \u00a0 é",)

@@ -13,6 +13,7 @@ from importlib.resources import files
 from ties_dist.analysis import charts
 from ties_dist.analysis.charts import SERIES
 from ties_dist.analysis.figures import Analysis, Group, MeanMagnitudes, share_of, span
+from ties_dist.errors import printable
 
 MOST_TENSORS = 1000
 SMALL_KIND = 0.01
@@ -44,8 +45,8 @@ def page(found: Analysis) -> str:
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1"><meta name=color-scheme content="light '
         'dark">'
-        f"<title>{escape(title)}</title><link rel=icon href=data:,><style>\n{style}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{escape(printable(title))}</title><link rel=icon href=data:,><style>\n{style}</style></head>\n"
+        f"<body><main>\n{printable(body)}\n</main></body></html>\n"
     )
 
 

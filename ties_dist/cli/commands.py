@@ -32,7 +32,7 @@ from ties_dist.cli.terminal import (
     tell,
     tell_error,
 )
-from ties_dist.errors import OutputError, TiesDistError
+from ties_dist.errors import OutputError, TiesDistError, printable
 from ties_dist.messages import reason
 from ties_dist.planning.keywords import AnalyzeKeywords, MergeKeywords, PlanKeywords, SweepKeywords
 from ties_dist.planning.options import Cluster, RunOptions
@@ -142,7 +142,7 @@ def status_command(out: Path, as_json: bool) -> None:
     if not out.exists():
         raise OutputError(f"{out} does not exist: nothing was merged there.")
     found = status(LocalPlace(out))
-    click.echo(json.dumps(asdict(found), indent=2) if as_json else describe(found))
+    click.echo(json.dumps(asdict(found), indent=2) if as_json else printable(describe(found)))
 
 
 @cli.command("sweep")
@@ -285,10 +285,10 @@ def verify_command(
         click.echo(json.dumps(asdict(report), indent=2))
     else:
         for name, value in report.sha256.items():
-            click.echo(f"{value}  {name}")
-        click.echo(summary(report))
+            click.echo(printable(f"{value}  {name}"))
+        click.echo(printable(summary(report)))
         for doubt in report.doubts:
-            click.echo(doubt)
+            click.echo(printable(doubt))
 
 
 @cli.command("collect")
@@ -342,7 +342,8 @@ def collect_command(
         if as_json:
             click.echo(json.dumps(found | {"store": str(store.path)}, indent=2))
         elif not quiet:
-            click.echo(f"{store.path}: {found['kind']} of {found['arrays']} tensors from {found['examples']} examples")
+            text = f"{store.path}: {found['kind']} of {found['arrays']} tensors from {found['examples']} examples"
+            click.echo(printable(text))
 
 
 @cli.command("methods")

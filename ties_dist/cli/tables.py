@@ -6,13 +6,15 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ties_dist.checkpoints.catalogue import Checkpoint
+from ties_dist.errors import printable
 from ties_dist.messages import readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import METHODS
@@ -28,6 +30,11 @@ PIPE_WIDTH = 200
 
 
 class Output(Console):
+    """Standard output: what is shown of names is printable, and a broken pipe is the command's matter."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
     def on_broken_pipe(self) -> None:
         """Left to the command, which knows whether its work is done; rich would end the process."""
         raise  # what it is called for

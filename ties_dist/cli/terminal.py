@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ties_dist.errors import BugError, StoppedError, TiesDistError
+from ties_dist.errors import BugError, StoppedError, TiesDistError, printable
 
 if TYPE_CHECKING:
     from ties_dist.progress import Progress
@@ -69,7 +69,7 @@ def tell(level: int, text: str) -> None:
         logger.log(level, "%s", text)
         return
     with suppress(OSError):  # nobody is there to be told: the work goes on
-        click.echo(text, err=True)
+        click.echo(printable(text), err=True)
 
 
 def tell_error(error: TiesDistError) -> None:
@@ -102,7 +102,7 @@ class OnStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.write(f"{printable(self.format(record))}\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from ties_dist.errors import printable
 from ties_dist.output.report import MergeReport
 from ties_dist.recipe.recipe import Recipe
 from ties_dist.recipe.references import ModelReference
@@ -28,7 +29,7 @@ def model_card(recipe: Recipe, report: MergeReport) -> str:
         lines.append("")
     lines += ["## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     lines += [f"Output digest `{report.output_digest}`.", ""]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _public_name(model: ModelReference) -> str:
