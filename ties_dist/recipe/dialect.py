@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ties_dist.methods.base import Method
 
 _TOP_LEVEL = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "ties_dist")
+_MOST_MODELS = 1000
 _DTYPES = ("float32", "float16", "bfloat16")
 _OTHER_DTYPE = re.compile(r"u?int\d+|float(8.*|64|128)|double|bool|complex\d+")
 """Meant as written: no guess stands in for it."""
@@ -223,6 +224,9 @@ def _read_models(draft: Draft) -> None:
     if draft.options.output == "adapter" and draft.options.tie_word_embeddings is False:
         draft.problems.append("ties_dist.tie_word_embeddings: adapters that are merged with each other have no head")
     before = len(draft.problems)
+    if len(entries or ()) > _MOST_MODELS:
+        draft.problems.append(f"models: {len(entries or ()):,} entries; at most {_MOST_MODELS:,} are merged at once")
+        return
     for i, entry in enumerate(entries or ()):
         _read_model(draft, entry, f"models[{i}]", drop_base=takes_deltas)
     otherwise_said = len(draft.problems) > before or any(draft.document.get(k) for k in ("slices", "modules"))

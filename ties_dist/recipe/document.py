@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -13,6 +13,12 @@ from ties_dist.errors import RecipeError
 
 _LARGEST_BYTES = 16 << 20
 """A recipe is a few KB; a checkpoint passed in its place must not be read into memory."""
+
+_MOST_VALUES = 25_000
+"""Each alias counted as what it stands for: nine anchors can stand for a billion. PyYAML reads as many in a second."""
+_DEEPEST = 100
+_LONGEST = 10_000
+"""Characters of a value: YAML reads `1:59:59:...` as a number, by as many multiplications."""
 
 RecipeSource = Path | str | Mapping[str, object]
 """A file, YAML text, or the document itself."""
@@ -70,7 +76,46 @@ def _read_text(path: Path, title: str) -> str:
         raise RecipeError(f"{title} cannot be read: {error.strerror}") from error
 
 
+def _check_size(text: str, title: str) -> None:
+    """Raises RecipeError for what would take minutes to read, from its events alone, before it is read."""
+    try:
+        problem = _excess(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except (yaml.YAMLError, ValueError):
+        return  # told, with its place, by who reads it
+    if problem:
+        raise RecipeError(f"{title} is not a recipe: {problem}")
+
+
+def _excess(events: Iterable[yaml.Event]) -> str:
+    """What there is too much of; empty for a document that can be read."""
+    sizes: dict[str, int] = {}
+    begun: list[tuple[str | None, int]] = []
+    total = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in begun):
+                return f"`*{event.anchor}` stands for what it is itself in"
+            total += sizes.get(event.anchor, 0)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            begun.append((event.anchor, total))
+            total += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = begun.pop()
+            sizes |= {anchor: total - before} if anchor else {}
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            sizes |= {event.anchor: 1} if event.anchor else {}
+            if len(event.value) > _LONGEST:
+                return f"a value has {len(event.value):,} characters"
+        if total > _MOST_VALUES:
+            return f"it has more than {_MOST_VALUES:,} values, each alias counted as what it stands for"
+        if len(begun) > _DEEPEST:
+            return "it is nested too deeply"
+    return ""
+
+
 def _parse(text: str, title: str) -> object:
+    _check_size(text, title)
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -838,6 +839,42 @@ def test_text_that_is_no_recipe_is_refused_with_its_place(load: Load, text: str,
         load(text)
 
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+MERGED = "a0: &a0 {k0: 1}\n" + "".join(f"a{i}: &a{i} {{k{i}: 1, <<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, r"is not a recipe: it has more than 25,000 values, each alias counted as what it stands for"),
+        (MERGED, r"more than 25,000 values"),
+        (f"parameters: {{density: [{', '.join(['0.1'] * 100_000)}]}}", r"more than 25,000 values"),
+        ("models:\n" + "- model: a\n" * 100_000, r"more than 25,000 values"),
+        ("models:\n" + "- model: a\n" * 8_000, r"models: 8,000 entries; at most 1,000 are merged at once"),
+        ("a: &a [*a]", r"`\*a` stands for what it is itself in"),
+        ("a: 1" + ":59" * 1_000_000, r"a value has 3,000,001 characters"),
+        ("[" * 1_000_000, r"nested too deeply"),
+        ("- " * 1_000_000, r"nested too deeply"),
+    ],
+    ids=["aliases", "merge keys", "list", "long models", "models", "cycle", "number", "brackets", "dashes"],
+)
+def test_what_would_take_minutes_to_read_is_refused_in_a_moment(load: Load, text: str, message: str) -> None:
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=message):
+        load(text)
+    assert time.process_time() - began < 1.5
+
+
+def test_the_longest_gradients_that_tools_write_are_read(load: Load) -> None:
+    cases = [{"filter": f"layers.{i}.{kind}", "value": 0.5} for i in range(80) for kind in "qkvogud"] + [{"value": 1}]
+    experts = [{"model": name, "parameters": {"weight": cases}} for name in ("math", "code")] * 4
+    recipe = load(json.dumps({"merge_method": "ties", "base_model": "base", "models": experts,
+                              "parameters": {"density": 0.2}}))  # fmt: skip
+    assert len(recipe.experts) == 8
+
+
 def test_yaml_tags_are_refused_and_never_run(load: Load, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     with pytest.raises(RecipeError, match=r"line 1, column 4: .*tag.*python/object/apply.*tags are refused and never"):
@@ -881,7 +918,7 @@ def test_aliases_that_explode_cost_neither_time_nor_space(load: Load, use: str) 
 
 
 def test_aliases_that_contain_themselves_are_refused(load: Load) -> None:
-    with pytest.raises(RecipeError, match=r"parameters\.density\[0\]: must be a number"):
+    with pytest.raises(RecipeError, match=r"`\*d` stands for what it is itself in"):
         load("merge_method: ties\nbase_model: base\nmodels: [{model: math}]\nparameters: {density: &d [*d]}\n")
 
 
