@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -330,6 +331,22 @@ def test_an_adapter_without_safetensors_or_config_is_refused(base: dict[str, Ten
     (tmp_path / "a" / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
         ties_dist.plan(write_recipe(tmp_path, "a"))
+
+
+@pytest.mark.parametrize(("expression", "refused"), [("(a|aa)+$", True), ("(a+)+$", False), ("(.*.*)*x", False)])
+def test_an_expression_that_would_match_for_years_ends_in_seconds(
+    expression: str, refused: bool, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    name = "a" * 60
+    write_checkpoint(tmp_path / "base", base | {f"{name}!.weight": torch.zeros(8, 6)})
+    write_adapter(tmp_path / "a", lora(f"{name}!", 8, 6), alpha_pattern={expression: 8})
+    began = time.monotonic()
+    if refused:
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json: the expression .* takes too long to match"):
+            ties_dist.plan(write_recipe(tmp_path, "a"))
+    else:  # the package sees at once that it does not fit
+        ties_dist.plan(write_recipe(tmp_path, "a"))
+    assert time.monotonic() - began < 10
 
 
 def test_the_command_line_knows_adapters(

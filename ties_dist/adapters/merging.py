@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ties_dist.adapters.expressions import matches
 from ties_dist.adapters.low_rank import Constant, Multiple
 from ties_dist.adapters.peft import LORA_A, LORA_B, PREFIX, Adapter, owner, part_of, scaling
 from ties_dist.checkpoints.catalogue import Checkpoint
@@ -208,7 +209,7 @@ def _scales_inputs(one: Checkpoint, module: str) -> bool:
     """Whether peft takes a module of an (IA)3 for a feed-forward one."""
     listed = _config(one).get("feedforward_modules") or []
     if isinstance(listed, str):
-        return re.fullmatch(listed, module) is not None
+        return matches(listed, module)
     return isinstance(listed, list) and any(f".{module}".endswith(f".{each}") for each in listed)
 
 

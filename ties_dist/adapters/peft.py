@@ -16,6 +16,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal, cast
 
+from ties_dist.adapters.expressions import matches
 from ties_dist.adapters.low_rank import Factor, LowRank, Scaled
 from ties_dist.checkpoints.catalogue import Checkpoint, open_checkpoint
 from ties_dist.checkpoints.forms import plain
@@ -279,10 +280,7 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _matches(pattern: str, module: str) -> bool:
     """As peft matches the keys of its patterns: whole, or behind a dot."""
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
-    except re.error:
-        return False
+    return matches(rf"(.*\.)?({pattern})", module)
 
 
 def _scaled(adapter: Adapter, target: Parameter, parts: _Parts, problems: list[str]) -> Change | None:
