@@ -217,3 +217,36 @@ def test_a_second_ctrl_c_leaves_a_cursor(command: Callable[[str], list[str]]) ->
     written = screen.text()
     assert_left_in_order(written)
     assert plain(written).endswith("\n")
+
+
+def test_sigterm_in_verify_leaves_a_cursor(command: Callable[[str], list[str]]) -> None:
+    code = (
+        "import os, signal\n"
+        "from ties_dist.cli.commands import main\n"
+        "from ties_dist.cli.bars import BarProgress\n"
+        "BarProgress.advance = lambda self, done_bytes: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "main()"
+    )
+    arguments, screen = command("verify"), Screen()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stderr=screen.slave, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(screen.slave)
+    assert process.wait(timeout=60) == 75
+    assert_left_in_order(screen.text())
+
+
+@pytest.mark.parametrize(
+    "moment", ["click", "ties_dist.cli.commands", "ties_dist.cli.tables", "ties_dist.planning.keywords"]
+)
+def test_sigterm_in_the_first_moments_ends_as_told(moment: str, command: Callable[[str], list[str]]) -> None:
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Moment:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {moment!r}: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Moment())\n"
+        "runpy.run_module('ties_dist', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *command("merge")], capture_output=True, text=True, check=False)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (75, False)

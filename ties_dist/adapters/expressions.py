@@ -6,7 +6,6 @@ They come with a download, and Python's `re` cannot be stopped: `(a+)+$` takes y
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import lru_cache
 from reprlib import repr as short
 from time import perf_counter
@@ -16,7 +15,7 @@ from ties_dist.errors import CheckpointError
 
 PATIENCE_SECONDS = 1.0
 """For all names together that one expression is matched with; peft's own take microseconds."""
-_spent: Counter[str] = Counter()
+_spent: dict[str, float] = {}
 
 
 @lru_cache(maxsize=1 << 12)
@@ -33,11 +32,9 @@ def matches(expression: str, name: str) -> bool:
     began = perf_counter()
     try:
         found = _compiled(expression).fullmatch(name, timeout=2 * PATIENCE_SECONDS) is not None
-    except regex.error:
+    except (regex.error, TimeoutError):
         found = False
-    except TimeoutError:
-        found = False
-    _spent[expression] += perf_counter() - began
+    _spent[expression] = _spent.get(expression, 0.0) + perf_counter() - began
     if _spent[expression] > PATIENCE_SECONDS:
         raise CheckpointError(
             f"adapter_config.json: the expression {short(expression)} takes too long to match. Name modules."

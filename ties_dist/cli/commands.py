@@ -24,6 +24,7 @@ from ties_dist.cli.terminal import (
     SIGPIPE_STATUS,
     done,
     drop_output,
+    endable,
     log,
     open_streams,
     progress,
@@ -276,11 +277,12 @@ def verify_command(
 ) -> None:
     """Read OUT again and compare it with its manifest; merge a random sample again and compare."""
     log(verbose, quiet)
-    from ties_dist.engine.verify import summary, verify
-    from ties_dist.storage.local_place import LocalPlace
+    with endable():
+        from ties_dist.engine.verify import summary, verify
+        from ties_dist.storage.local_place import LocalPlace
 
-    options = RunOptions(memory_budget=memory_budget, allow_external_methods=allow_external_methods)
-    report = verify(LocalPlace(out), options, sample=sample, sha256=sha256, progress=progress(quiet))
+        options = RunOptions(memory_budget=memory_budget, allow_external_methods=allow_external_methods)
+        report = verify(LocalPlace(out), options, sample=sample, sha256=sha256, progress=progress(quiet))
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:

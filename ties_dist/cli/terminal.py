@@ -160,6 +160,21 @@ def signals() -> Iterator[threading.Event]:
             signal.signal(number, previous)
 
 
+@contextmanager
+def endable() -> Iterator[None]:
+    """SIGTERM ends a command that only looks at once, with what a bar has hidden shown again."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _show_cursor()
+        os._exit(StoppedError.exit_status)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _show_cursor() -> None:
     """Of a bar that nobody will end, and the last word: its thread still draws, from here on into nothing.
 

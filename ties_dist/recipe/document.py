@@ -95,7 +95,7 @@ def _excess(events: Iterable[yaml.Event]) -> str:
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in begun):
                 return f"`*{event.anchor}` stands for what it is itself in"
-            total += sizes.get(event.anchor, 0)
+            total += sizes.get(event.anchor or "", 0)
         elif isinstance(event, yaml.CollectionStartEvent):
             begun.append((event.anchor, total))
             total += 1
