@@ -252,3 +252,50 @@ def test_an_origin_that_makes_no_sense_is_one_message(origin: dict[str, object],
     ended = command("verify", tmp_path / "out", "-q", "--sample", "1")
     assert "Traceback" not in ended.stderr
     assert (ended.returncode, len(ended.stderr) > 0) in ((2, True), (0, False))
+
+
+# -- a mapped file that somebody cuts ----------------------------------------------------------------------------------
+
+CUT = """
+import os, shutil, sys
+from pathlib import Path
+from ties_dist.cli.commands import main
+from ties_dist.storage.readers import MappedReader
+from ties_dist.worker.merging import MergeStep
+file = Path({file!r})
+compute, done = MergeStep.compute, []
+def cutting(self, task, loaded):
+    done.append(task)
+    if len(done) == 3:
+        os.truncate(file, 4096)
+    return compute(self, task, loaded)
+MergeStep.compute = cutting
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_an_input_cut_while_it_is_read_ends_with_a_line_and_resumes_once_it_is_back(
+    backend: str, merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    recipe = merge_job(random_models({f"{c}.weight": (512, 1024) for c in "abcdefgh"}, experts=2), method="linear")
+    expected = command("merge", recipe, tmp_path / "whole", "--json", "-q")
+    file = tmp_path / "expert-0" / "model.safetensors"
+    shutil.copy2(file, tmp_path / "kept")
+    options = ("-q", "--read-backend", backend, "--threads", "1", "--unit-size", "2MiB")
+    code = [sys.executable, "-c", CUT.format(file=str(file)), "merge", recipe, tmp_path / "out", *options]
+    ended = subprocess.run(code, capture_output=True, text=True, check=False)
+    if backend == "mmap":
+        assert ended.returncode == 75
+        assert ended.stderr == (
+            "CheckpointError: a file became shorter while it was read: another process writes it. Put it back as it was "
+            "and run the same command again: it resumes.\n"
+        )
+    else:
+        assert (ended.returncode, "it is truncated, or was replaced while it was read" in ended.stderr) == (2, True)
+    cut = command("merge", recipe, tmp_path / "out", *options)
+    assert (cut.returncode, "truncated" in cut.stderr) == (2, True)
+    shutil.copy2(tmp_path / "kept", file)
+    again = command("merge", recipe, tmp_path / "out", *options, "--json")
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["output_digest"] == json.loads(expected.stdout)["output_digest"]

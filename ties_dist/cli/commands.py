@@ -204,7 +204,8 @@ def plan_command(
     from ties_dist.api import plan
     from ties_dist.cli.tables import plan_table
 
-    report = plan(recipe, out, sample=sample, **options)
+    with endable():
+        report = plan(recipe, out, sample=sample, **options)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 SIGINT_STATUS = 130
 SIGPIPE_STATUS = 141
+SHOW_CURSOR = "\x1b[?25h"
+CUT_SHORT = (
+    "CheckpointError: a file became shorter while it was read: another process writes it. Put it back as it was and "
+    "run the same command again: it resumes."
+)
 
 
 def open_streams() -> None:
@@ -150,6 +155,7 @@ def signals() -> Iterator[threading.Event]:
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        _end_where_maps_fail()
         yield stop
     except StoppedError as error:
         if received[:1] == [signal.SIGINT]:
@@ -170,9 +176,16 @@ def endable() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
+        _end_where_maps_fail()
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end_where_maps_fail() -> None:
+    from ties_dist.compiler.fault import end_where_maps_fail
+
+    end_where_maps_fail(f"{SHOW_CURSOR if sys.stderr.isatty() else ''}{CUT_SHORT}\n".encode(), StoppedError.exit_status)
 
 
 def _show_cursor() -> None:
@@ -184,7 +197,7 @@ def _show_cursor() -> None:
         shown = sys.stderr.fileno()
         screen = os.dup(shown)
         os.dup2(os.open(os.devnull, os.O_WRONLY), shown)
-        os.write(screen, b"\x1b[?25h\n")
+        os.write(screen, f"{SHOW_CURSOR}\n".encode())
 
 
 class Interrupted(StoppedError):

@@ -115,7 +115,7 @@ def runs_here(types: Sequence[DType]) -> bool:
     return "float16" not in types or "x86" not in llvm.get_process_triple() or processor().has("f16c")
 
 
-def _machine() -> Any:
+def target_machine() -> Any:
     name, features = processor()
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(
@@ -125,7 +125,7 @@ def _machine() -> Any:
 
 def compile_loop(loop: Loop) -> bytes:
     """The object file of a loop for this processor: about 0.1 s."""
-    machine, lanes = _machine(), processor().lanes
+    machine, lanes = target_machine(), processor().lanes
     module = llvm.parse_assembly(
         emit(loop, Target(triple=llvm.get_process_triple(), layout=str(machine.target_data), lanes=lanes))
     )
@@ -143,7 +143,7 @@ _loading = threading.Lock()
 def load(code: bytes, counters: int) -> NativeKernel:
     with _loading:
         processor()
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         return NativeKernel(counters, FUNCTION(engine.get_function_address("merge")), engine)
