@@ -60,6 +60,20 @@ def test_ten_thousand_small_tensors_cost_little_each(merge_job: Checkpoints, tmp
         assert report.elements == 8 * count
 
 
+@pytest.mark.slow
+def test_ten_thousand_tensors_of_sixteen_elements_stay_within_the_projection(
+    merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    recipe = merge_job(random_models({f"layers.{i}.weight": (16,) for i in range(10_000)}, experts=8))
+    done = subprocess.run(
+        [sys.executable, "-m", "ties_dist", "merge", recipe, tmp_path / "out", "--json", "-q", "--threads", "1"],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert report["peak_rss_bytes"] <= report["projected_bytes"]
+    assert report["phases"]["merge"] < 10_000 * 3e-3
+
+
 def recipe_with_weights(recipe: Path) -> Path:
     document = json.loads(recipe.read_text())
     document["parameters"]["weight"] = 0.5

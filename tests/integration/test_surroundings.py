@@ -288,8 +288,8 @@ def test_an_input_cut_while_it_is_read_ends_with_a_line_and_resumes_once_it_is_b
     if backend == "mmap":
         assert ended.returncode == 75
         assert ended.stderr == (
-            "CheckpointError: a file became shorter while it was read: another process writes it. Put it back as it was "
-            "and run the same command again: it resumes.\n"
+            "CheckpointError: a file became shorter while it was read: another process writes it. Put it back as it "
+            "was and run the same command again: it resumes.\n"
         )
     else:
         assert (ended.returncode, "it is truncated, or was replaced while it was read" in ended.stderr) == (2, True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,6 +114,11 @@ class Layout:
     def tensors(self) -> list[TensorSpec]:
         """All of them, by name."""
         return sorted((t for shard in self.shards for t in shard.tensors), key=lambda t: t.name)
+
+    def most_segments(self, unit_bytes: int) -> int:
+        """Tensor slices of the unit that has the most: those that begin in it, and one that began before."""
+        begun = Counter((shard.name, start // unit_bytes) for shard in self.shards for start in shard.starts)
+        return 1 + max(begun.values(), default=0)
 
     @property
     def total_bytes(self) -> int:

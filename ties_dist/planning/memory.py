@@ -9,7 +9,7 @@ from ties_dist.dtypes import ITEM_BYTES
 from ties_dist.errors import PlanError
 from ties_dist.messages import listing, readable, show
 from ties_dist.methods.base import Method
-from ties_dist.planning.layout import Layout, TensorSpec
+from ties_dist.planning.layout import Layout
 from ties_dist.planning.options import Resources
 from ties_dist.planning.plan import Matrix
 from ties_dist.storage.base import BLOCK_BYTES
@@ -24,6 +24,10 @@ GPU_BYTES = 512 << 20
 """What the driver adds to a process that uses GPUs: an allowance, not yet measured."""
 SOLVER_BYTES = 192 << 20
 """What numba adds to a process that compiles the solver for the first time, and malloc keeps of freed matrices."""
+SEGMENT_BYTES = 1 << 10
+"""What Python keeps of a slice of a tensor and of each of its operands: 16 elements of 9 models took 0.8 KiB each."""
+MANY_SEGMENTS = 4096
+"""Of a unit: where tensors are tiny smaller units are made, which end within a second or two when told to stop."""
 EAGER_TEMPORARIES = 12
 """Float32 temporaries per operand and element of an eager block."""
 
@@ -54,7 +58,7 @@ def fit(
         units=(2 * resources.gpu_slots or resources.thread_count) + UNITS_AROUND,
         outputs=resources.outputs,
         method=method,
-        tensors=layout.tensors,
+        layout=layout,
         operands=operands,
     )
     solvers, peak = fit_matrices(
@@ -84,7 +88,7 @@ def fit_unit_bytes(
     units: int,
     outputs: int,
     method: Method,
-    tensors: Sequence[TensorSpec],
+    layout: Layout,
     operands: Sequence[Input],
 ) -> tuple[int, int]:
     """Unit size and the buffers' projected peak, in bytes. Raises PlanError where the budget is too small.
@@ -100,14 +104,17 @@ def fit_unit_bytes(
     ratio = max(
         (
             sum(ITEM_BYTES[m.views[t.source].dtype] for m in operands) / ITEM_BYTES[t.dtype]
-            for t in tensors if t.merged
+            for t in layout.tensors if t.merged
         ),
         default=1.0,
     )  # fmt: skip
     sizes = [asked // BLOCK_BYTES * BLOCK_BYTES] if asked else [DEFAULT_UNIT_BYTES >> i for i in range(4)]
+    if not asked:
+        sizes = [size for size in sizes if layout.most_segments(size) <= MANY_SEGMENTS] or sizes[-1:]
     fixed = statistics_bytes(method, len(operands), threads) + 4 * EAGER_TEMPORARIES * len(operands) * (1 << 15)
     for unit_bytes in sizes:
-        buffers = int(units * unit_bytes * (outputs + ratio)) + fixed
+        slices = units * layout.most_segments(unit_bytes) * (len(operands) + outputs) * SEGMENT_BYTES
+        buffers = int(units * unit_bytes * (outputs + ratio)) + slices + fixed
         if buffers <= budget:
             return unit_bytes, buffers
     raise PlanError(

@@ -31,7 +31,7 @@ from ties_dist.thresholds import Cuts, from_bits, split_points
 from ties_dist.values.counters import Row, added
 from ties_dist.values.items import MergeResult, MergeTask, WorkItem, output_files
 from ties_dist.values.views import Encoded, Operand
-from ties_dist.worker.counting import Counter
+from ties_dist.worker.counting import Counter, ModelReader
 from ties_dist.worker.matrices import Matrices, MemoryMatrices
 
 if TYPE_CHECKING:
@@ -216,16 +216,26 @@ class MergeStep:
 
     def load(self, task: MergeTask) -> Loaded:
         segments = self.worker.segments(task.item)
-        operands: list[list[Operand]] = []
-        for s in segments:
+        operands: list[list[Operand]] = [[] for _ in segments]
+        merged = [i for i, s in enumerate(segments) if s.tensor.merged and not self.is_solved(s.tensor)]
+        copied = [i for i, s in enumerate(segments) if not s.tensor.merged]
+        for reader in self.worker.operands:
+            self._read(reader, segments, merged, operands)
+        self._read(self.worker.base, segments, copied, operands)
+        for i, s in enumerate(segments):
             if self.is_solved(s.tensor):
                 item = s.tensor.item_bytes
                 span = self.matrices.read(s.tensor.source, s.start * item, s.stop * item)
-                operands.append([Stored(span, s.tensor.dtype)])
-                continue
-            models = self.worker.operands if s.tensor.merged else [self.worker.base]
-            operands.append([m.read(s.tensor.source, s.start, s.stop) for m in models])
+                operands[i].append(Stored(span, s.tensor.dtype))
         return Loaded(segments, operands)
+
+    def _read(
+        self, reader: ModelReader, segments: Sequence[Segment], which: Sequence[int], into: list[list[Operand]]
+    ) -> None:
+        """Append what a model has of some segments."""
+        slices = [(segments[i].tensor.source, segments[i].start, segments[i].stop) for i in which]
+        for i, operand in zip(which, reader.read_all(slices), strict=True):
+            into[i].append(operand)
 
     def is_solved(self, tensor: TensorSpec) -> bool:
         """Whether a tensor was merged whole, and is copied from there."""

@@ -104,12 +104,48 @@ def test_units_end_at_absolute_multiples_so_that_resumed_ranges_fit() -> None:
 def test_a_budget_too_small_says_what_would_do() -> None:
     with pytest.raises(PlanError, match=r"--memory-budget 1MiB is too small.*to at least \d"):
         fit_unit_bytes(
-            asked=None, budget=1 << 20, threads=2, method=Ties(), tensors=[], operands=[], units=1, outputs=1
+            asked=None,
+            budget=1 << 20,
+            threads=2,
+            method=Ties(),
+            layout=lay_out([], {}),
+            operands=[],
+            units=1,
+            outputs=1,
         )
     with pytest.raises(PlanError, match="--unit-size 4KiB is too small"):
         fit_unit_bytes(
-            asked=4096, budget=1 << 30, threads=2, method=Linear(), tensors=[], operands=[], units=1, outputs=1
+            asked=4096,
+            budget=1 << 30,
+            threads=2,
+            method=Linear(),
+            layout=lay_out([], {}),
+            operands=[],
+            units=1,
+            outputs=1,
         )
+
+
+def test_the_most_slices_of_a_unit_are_those_that_begin_in_it_and_one_more() -> None:
+    layout = lay_out([spec(f"t{i:04}", 256) for i in range(3000)], {f"t{i:04}": "x.safetensors" for i in range(3000)})
+    (shard,) = layout.shards
+    for unit in (1 << 20, 2 << 20, 8 << 20):
+        counted = [len(list(shard.segments(u.start, u.stop))) for u in cut(shard.name, 0, shard.size, unit)]
+        assert max(counted) <= layout.most_segments(unit) <= max(counted) + 1
+
+
+def test_units_of_very_many_tensors_are_smaller_and_their_slices_are_projected() -> None:
+    views = {f"t{i:05}": Plain("f", 0, "F32") for i in range(50_000)}
+    layout = lay_out([spec(name, 16) for name in views], dict.fromkeys(views, "x.safetensors"))
+    models = [Input(name="m", path="p", views=views, identity="i")] * 9
+    memory = fit(Linear(), layout, models, {}, Resources(threads=1))
+    few = fit(Linear(), lay_out([spec("t", 800_000)], {"t": "x.safetensors"}), [
+        Input(name="m", path="p", views={"t": Plain("f", 0, "F32")}, identity="i")
+    ] * 9, {}, Resources(threads=1))  # fmt: skip
+    assert (memory.unit_bytes, few.unit_bytes) == (1 << 20, 8 << 20)
+    # Five units under way, 16,384 slices of 64 bytes in each, eight operands and a result: 1 KiB each.
+    of_slices = memory.projected_bytes - few.projected_bytes + 5 * (7 << 20) * 9
+    assert 0.99 * 5 * 16_384 * 9 * 1024 <= of_slices <= 1.01 * 5 * 16_384 * 9 * 1024
 
 
 def test_sizes_read_as_a_person_writes_them() -> None:
