@@ -14,6 +14,7 @@ import torch
 import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.integration.command import finish, start
+from ties_dist.cache import KERNELS
 from ties_dist.compiler.native import processor
 
 LOWERED = {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""}
@@ -21,7 +22,7 @@ LOWERED = {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""}
 
 def code(cache: Path) -> set[bytes]:
     """Of the kept kernels: what follows their first line, a checksum."""
-    kept = {path.read_bytes().partition(b"\n")[2] for path in (cache / "kernels").glob("*.o")}
+    kept = {path.read_bytes().partition(b"\n")[2] for path in (cache / KERNELS).glob("*.o")}
     assert kept
     return kept
 

@@ -20,6 +20,7 @@ import ties_dist
 from tests import oracle
 from tests.conftest import Checkpoints, random_models, write_checkpoint
 from tests.integration.command import SHAPES, Outcome, contents, readable_files, run
+from ties_dist.cache import KERNELS
 
 Model = dict[str, Tensor]
 Run = Callable[..., Outcome]
@@ -585,7 +586,7 @@ def test_a_cache_entry_that_is_not_of_these_models_is_found_out_and_repaired(
     models[2] = {name: models[0][name] + 5 * (t - models[0][name]) for name, t in models[2].items()}
     recipe, cache = merge_job(models), tmp_path / "cache"
     cli("merge", recipe, tmp_path / "one", "--cache-dir", cache)
-    one, two = sorted(p for p in cache.iterdir() if p.name != "kernels")
+    one, two = sorted(p for p in cache.iterdir() if p.name != KERNELS)
     one.rename(cache / "aside")
     two.rename(one)
     (cache / "aside").rename(two)
