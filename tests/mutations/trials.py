@@ -103,7 +103,7 @@ def attempt(trial: Trial, draw: random.Random, ground: Ground, *, whole: bool) -
     except BugError as error:
         return Failure(f"bug: {error.args[0]}", error.trace, b"")
     except TiesDistError as error:
-        if (said := str(error)) != "".join(c for c in said if c.isprintable() or c == "\n"):
+        if (said := str(error)) != "".join(c for c in said if c.isprintable() or c in "\n\t"):
             return Failure(f"unprintable: {type(error).__name__}", repr(said[:2000]), b"")
         document = b""
     except Exception as error:
