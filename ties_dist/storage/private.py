@@ -54,7 +54,10 @@ class PrivateFolder:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        """By this user's own link, too; one that somebody else planted would choose where we write."""
+        if (owner := os.lstat(self.path).st_uid) != os.geteuid():
+            raise NotPrivateError(f"{self.path} belongs to user {owner}, not to {os.geteuid()}")
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._check(os.fstat(folder), stat.S_ISDIR)
             yield folder

@@ -70,10 +70,20 @@ def test_what_another_user_owns_is_not_read(folder: PrivateFolder, given: Callab
         folder.read("name")
 
 
-def test_a_link_in_the_folders_place_is_not_followed(folder: PrivateFolder, tmp_path: Path) -> None:
+def test_this_users_own_link_to_such_a_folder_is_followed(folder: PrivateFolder, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder.path)
+    assert PrivateFolder(tmp_path / "link").read("name") == b"content"
+    folder.path.chmod(0o777)
+    with pytest.raises(NotPrivateError, match="others may write to"):
+        PrivateFolder(tmp_path / "link").read("name")
+
+
+@needs_root
+def test_a_link_that_another_user_planted_is_not_followed(folder: PrivateFolder, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder.path)
+    os.chown(tmp_path / "link", 12345, -1, follow_symlinks=False)
     for step in (lambda f: f.read("name"), lambda f: f.write("name", b"")):
-        with pytest.raises(OSError, match="link"):
+        with pytest.raises(NotPrivateError, match="belongs to user 12345, not to 0"):
             step(PrivateFolder(tmp_path / "link"))
     assert folder.read("name") == b"content"
 
