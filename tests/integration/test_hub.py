@@ -56,7 +56,8 @@ def test_a_plan_downloads_no_weights_and_comes_to_the_merges_fingerprint(
     weights = sum(p.stat().st_size for p in hub.root.rglob("*.safetensors"))
     assert hub.weights_sent() <= 6 * (HEAD + PAGES + 3 * 72)  # files; and position ids, which must be equal
     assert planned.document["download_bytes"] == weights
-    assert planned.document["disk_needed_bytes"] == planned.document["write_bytes"] + weights
+    beside = sum(planned.document["companions"].values())
+    assert planned.document["disk_needed_bytes"] == planned.document["write_bytes"] + weights + beside
     assert list((tmp_path / "home").rglob("*.safetensors")) == []
     assert list((tmp_path / "tmp").iterdir()) == []
     assert hub.tokens_elsewhere == 0

@@ -136,8 +136,8 @@ SCAN = [
     ("ties_dist.worker.merging:Worker.observe", 5),
     ("ties_dist.output.journal:Journal.commit", 1),
 ]
-MERGE = [(WRITE, 1), (WRITE, 4), ("os:fdatasync", 3), ("ties_dist.output.journal:Journal.commit", 4)]
-REDO = [(WRITE, UNITS + 2), ("os:fdatasync", UNITS + 2), ("ties_dist.engine.passes:Passes.prove", 1)]
+MERGE = [(WRITE, 2), (WRITE, 5), ("os:fdatasync", 3), ("ties_dist.output.journal:Journal.commit", 4)]
+REDO = [(WRITE, UNITS + 3), ("os:fdatasync", UNITS + 2), ("ties_dist.engine.passes:Passes.prove", 1)]
 NAMES = "ties_dist.engine.run:give_names"
 PLACE = "ties_dist.storage.local_place"
 PUBLISH = [

@@ -27,6 +27,7 @@ from ties_dist.cli.terminal import (
     endable,
     log,
     open_streams,
+    pass_over,
     progress,
     say,
     signals,
@@ -385,6 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Importing and compiling allocate millions of objects that stay: collecting them costs a second of a merge.
     gc.set_threshold(200_000, 50, 50)
     open_streams()
+    sys.unraisablehook = pass_over
     try:
         status = cli.main(arguments, prog_name="ties-dist", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

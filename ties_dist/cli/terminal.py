@@ -63,6 +63,11 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def pass_over(what: sys.UnraisableHookArgs) -> None:
+    """What fails while an object is let go (an event loop, where too many files are open): nobody can act on it."""
+    logger.debug("%s in %r", what.exc_value, what.object)
+
+
 def say(quiet: bool, notes: Sequence[str]) -> None:
     for note in () if quiet else notes:
         tell(logging.INFO, f"note: {note}")

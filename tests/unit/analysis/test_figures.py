@@ -190,5 +190,5 @@ def test_warnings_name_what_is_out_of_the_ordinary() -> None:
     assert warned(a, untrimmed, trims=False) == []
     whole = an_expert("x", trim={"threshold": 0.0, "rank": 0, "kept_fraction": 0.1})  # density 1
     assert warned(a, whole) == []
-    of_moved = an_expert("x", of_moved=True, trim={"asked_fraction": 0.02, "kept_fraction": 0.03, "tie_fraction": 0.01})
+    of_moved = an_expert("x", of_moved=True, trim={"asked_fraction": 0.02, "kept_fraction": 0.05, "tie_fraction": 0.03})
     assert warned(a, of_moved) == [("ties", "x")]
