@@ -2,8 +2,8 @@
 
 torch's dispatcher is asked what it is told to do, operation by operation, so a method may be written in any way that
 torch runs. What is not elementwise raises `NotElementwiseError`. What is, but has no loop here, raises
-`UntraceableError`, and the method runs eagerly. It is run twice, on other lengths and values, and must do the same both
-times: numbers that went past the dispatcher (a shape, numpy, `tolist`) show themselves by that.
+`UntraceableError`, and the method runs eagerly. It is run several times, on other lengths, places and values, and must
+do the same every time: what went past the dispatcher (a shape, the time) shows itself by that.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ties_dist.compiler.elementwise import CREATED, SAME, VIEWS, Call, Kind, NotElementwiseError, filled, judge
-from ties_dist.compiler.fuse import Fused
+from ties_dist.compiler.fuse import BLOCK, Fused
 from ties_dist.compiler.loop import CASTS, COMPARISONS, Loop, Node
 from ties_dist.dtypes import LOOP_BYTES, DType, torch_dtype
 
-SIZES = ((7, 11, 13), (30011, 30013, 30029))
-"""Elements of the slices that are traced, a small and a large one; of each the first that is no other length, too."""
+RUNS = (((7, 11, 13), 0), ((64, 192, 320), 4095), ((BLOCK, 2 * BLOCK, 4 * BLOCK), (1 << 40) + 12345))
+"""Elements of the slices that are traced, and their places: an odd length, an even one, and the largest that is ever run
+eagerly. Of each the first that is no other length, too."""
+TAKES_OUT = frozenset(
+    ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "_typed_storage")
+) | {"apply_", "map_", "map2_", "__reduce_ex__"}
+"""What of a tensor gives its values to others than torch, whose dispatcher does not see it."""
 NAMES: dict[torch.dtype, DType] = {torch_dtype(name): name for name in LOOP_BYTES}
 FLOATS, INTEGERS, BOOLS = {"float32"}, {"int32", "int64"}, {"bool"}
 BINARY = {
@@ -56,6 +62,16 @@ class Known:
     kind: Kind
     node: Node | None
     given: bool = False
+
+
+class _Within(TorchFunctionMode):
+    """Nothing takes values out of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in TAKES_OUT:
+            raise NotElementwiseError(f"torch's `{name}` looks at values, and what is done must not follow from any")
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -229,22 +245,24 @@ class Watched:
 
 
 def _watched(function: Fused, types: Sequence[DType], state: Mapping[str, tuple[int, ...]], run: int) -> Watched:
-    """Run a function on a slice of its own length, numbers and place. run: 0 or 1. Raises NotElementwiseError."""
+    """Run a function on a slice of its own length, numbers and place. run: of `RUNS`. Raises NotElementwiseError."""
     taken = {torch.Size(shape).numel() for shape in state.values()} | {len(types)}
-    size = next(size for size in SIZES[run] if size not in taken)
+    size = next(size for size in RUNS[run][0] if size not in taken)
     watch = _Watch(size)
-    slices = [(torch.arange(1.0, size + 1) * run).to(torch_dtype(name)) for name in types]
+    slices = [
+        torch.linspace(run - 1.0 - k, 2.0 * run + 2.0, size).to(torch_dtype(name)) for k, name in enumerate(types)
+    ]
     for k, each in enumerate(slices):
         watch.meet(each, Kind(each=True), Node("input", (k,), types[k], True), given=True)
     numbers, offset = {}, 0
     for name, shape in state.items():
-        numbers[name] = torch.full(shape, 1.0 + 2 * run)
+        numbers[name] = torch.arange(1.0 + run, 1.0 + run + torch.Size(shape).numel()).reshape(shape)
         watch.meet(numbers[name], Kind(), Node("state", (offset,), "float32", False), given=True)
         offset += numbers[name].numel()
-    position = torch.tensor(12345 * run)
+    position = torch.tensor(RUNS[run][1])
     watch.meet(position, Kind(position=1), Node("position", (), "int64", False), given=True)
     given = [each.clone() for each in (*slices, *numbers.values(), position)]
-    with watch:
+    with watch, _Within():
         outputs = function(slices, dict(numbers), position)
     if not all(map(torch.equal, given, (*slices, *numbers.values(), position))):
         raise NotElementwiseError("it writes to what it was given, past torch")
@@ -267,8 +285,9 @@ def trace(function: Fused, types: Sequence[DType], state: Mapping[str, tuple[int
     types: of the operands, as stored. state: shape by name, () or (experts,); its numbers lie behind each other in this
     order. Raises NotElementwiseError, UntraceableError.
     """
-    first, second = (_watched(function, types, state, run) for run in (0, 1))
-    _compare(first.did, second.did)
+    first, *others = (_watched(function, types, state, run) for run in range(len(RUNS)))
+    for other in others:
+        _compare(first.did, other.did)
     if first.loop is None:
         raise UntraceableError(first.lacking)
     return first.loop
@@ -276,7 +295,7 @@ def trace(function: Fused, types: Sequence[DType], state: Mapping[str, tuple[int
 
 def _compare(one: Sequence[tuple[str, ...]], other: Sequence[tuple[str, ...]]) -> None:
     """Raises NotElementwiseError where two runs of a function did not do the same."""
-    past = "something follows, past torch, from a slice's length, place or values (a shape, numpy, `tolist`)"
+    past = "something follows, past torch, from a slice's length, place or values, or from when it is asked"
     for (op, *given), (instead, *others) in zip_longest(one, other, fillvalue=("nothing",)):
         if op != instead:
             raise NotElementwiseError(f"it does `{op}` with one slice and `{instead}` with another: {past}")

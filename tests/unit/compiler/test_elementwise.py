@@ -155,7 +155,7 @@ def test_what_is_elementwise_without_a_loop_runs_eagerly_and_says_why(merge: Met
 
 LOOKS = "looks at values"
 MORE = "needs more than the element it is at"
-PAST = "something follows, past torch, from a slice's length, place or values"
+PAST = "something follows, past torch, from a slice's length, place or values, or from when it is asked"
 WRITES = "writes to what the function was given"
 RANDOM = "draws random numbers that depend on the cut"
 ALONE = "only their sum is the same for every cut"
@@ -172,9 +172,20 @@ def masked(delta: Tensor) -> Tensor:
     return own
 
 
+def unseen(delta: Tensor) -> np.ndarray:
+    """Its memory, taken behind torch's back."""
+    with torch._C.DisableTorchFunction():
+        return delta.numpy()
+
+
 def written_by_numpy(delta: Tensor) -> Tensor:
-    delta.numpy()[:] = 1
+    unseen(delta)[:] = 1
     return delta + 0
+
+
+def without_still(base: Tensor, delta: Tensor) -> Tensor:
+    """Leaves out an expert that did not move."""
+    return base + delta if delta.numpy().any() else base
 
 
 @pytest.mark.parametrize(
@@ -214,6 +225,9 @@ def written_by_numpy(delta: Tensor) -> Tensor:
         (lambda b, d, s, p: d / b.numel(), PAST),
         (lambda b, d, s, p: d * b.shape[0], PAST),
         (branch(lambda d, s: len(d) > 100), PAST),
+        (branch(lambda d, s: len(d) % 2 == 0), PAST),
+        (branch(lambda d, s: len(d) > 31000), PAST),
+        (branch(lambda d, s: len(d) >= 1 << 15), PAST),
         (
             lambda b, d, s, p: d.clamp(-1, *([1] if len(d) > 100 else [])),
             "torch's `clamp` gets nothing with one slice and 1 with another",
@@ -231,15 +245,23 @@ def written_by_numpy(delta: Tensor) -> Tensor:
         (lambda b, d, s, p: d * float(s["lambda"]), LOOKS),
         (branch(lambda d, s: s["lambda"] > 2), LOOKS),
         (branch(lambda d, s: bool((d > 0)[0])), MORE),
-        (branch(lambda d, s: d.numpy()[0] > 0), PAST),
-        (lambda b, d, s, p: d * s["weight"].tolist()[0], PAST),
-        (lambda b, d, s, p: d * float(s["lambda"].numpy()), PAST),
-        (lambda b, d, s, p: d * int(p.numpy()), PAST),
+        (branch(lambda d, s: d.numpy()[0] > 0), LOOKS),
+        (branch(lambda d, s: unseen(d)[0] > -1.5), PAST),
+        (branch(lambda d, s: np.abs(d).max() < 1e-6), LOOKS),
+        (lambda b, d, s, p: b + (d - float(d.numpy().mean())), LOOKS),
+        (lambda b, d, s, p: b + sum((d - b).tolist()), LOOKS),
+        (lambda b, d, s, p: without_still(b, d - b), LOOKS),
+        (lambda b, d, s, p: b + (d - b).apply_(lambda x: x / 2), LOOKS),
+        (lambda b, d, s, p: d * float(unseen(d - b).mean()), PAST),
+        (lambda b, d, s, p: d * s["weight"].tolist()[0], LOOKS),
+        (lambda b, d, s, p: d * float(s["lambda"].numpy()), LOOKS),
+        (lambda b, d, s, p: b + 1 if p.numpy() > 100_000 else d, LOOKS),
+        (lambda b, d, s, p: b + 1 if unseen(p) > 100_000 else d, PAST),
         (lambda b, d, s, p: b * s["weight"].sum(), "let `state` do that"),
         # from elsewhere
         (lambda b, d, s, p: b * OUTSIDE, "a tensor from outside of the function"),
-        (lambda b, d, s, p: torch.from_numpy(np.abs(d.numpy())), "a tensor from outside of the function"),
-        (lambda b, d, s, p: torch.tensor(d.numpy()), "a tensor from outside of the function"),
+        (lambda b, d, s, p: torch.from_numpy(np.abs(unseen(d))), "a tensor from outside of the function"),
+        (lambda b, d, s, p: torch.tensor(unseen(d)), "a tensor from outside of the function"),
         # written to
         (lambda b, d, s, p: b.add_(1), f"torch's `add_` {WRITES}"),
         (lambda b, d, s, p: b.detach().add_(1), f"torch's `add_` {WRITES}"),
@@ -291,7 +313,7 @@ def test_what_does_not_add_up_over_slices_is_no_counter(counter: Counting) -> No
         traced(lambda b, d, s, p: b + d, counter=counter)
 
 
-@pytest.mark.parametrize("experts", [2, 3, 7, 30011])
+@pytest.mark.parametrize("experts", [2, 3, 7, 64, 32768])
 def test_numbers_of_experts_are_never_taken_for_elements(experts: int) -> None:
     with pytest.raises(RuntimeError, match="must match the size"):
         traced(lambda b, d, s, p: b * s["weight"], experts=experts)
