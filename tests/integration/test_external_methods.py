@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import ties_dist
 from tests.conftest import Checkpoints, random_models
 from tests.integration.command import run
 from ties_dist.errors import RecipeError
+
+Saying = Callable[..., tuple[int, str]]
 
 CODE = '''
 from dataclasses import dataclass
@@ -382,3 +386,219 @@ def test_all_may_depend_on_a_majority_where_nobody_counts_what_does(
     assert (report.majority_sign, report.redone_units) == (-1, 1)
     merged = load_file(tmp_path / "out" / "model.safetensors")["w"].tolist()
     assert merged == [-2.0, -1.0, -1.0, -3.0, -1.0, -1.0]
+
+
+# -- what a method says of itself --------------------------------------------------------------------------------------
+
+FACES = """
+import random
+import time
+from ties_dist.methods.needs import DataStatistics, MajoritySign, Needs, Stage
+
+class Plain(Largest):
+    def merge(self, base, operands, extras, state, position):
+        return base + operands[0] * state["lambda"], []
+
+class Trim(Trimmed):
+    pass
+
+RULE = TrimRule(scope="model", tie_policy="keep_all")
+calls = []
+"""
+
+
+@pytest.fixture
+def saying(package: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Saying:
+    """What the command line says of a class with these lines, over `Plain` or `Trim`; where it is is in {brackets}."""
+
+    def said(lines: str, over: str = "Plain", *, parameters: dict[str, object] | None = None) -> tuple[int, str]:
+        file = tmp_path / f"{package}.py"
+        body = "\n".join(f"    {line}" for line in lines.splitlines())
+        file.write_text(CODE + FACES + f"class Tried({over}):\n{body}\n")
+        recipe = merge_job([TEN, ONE, TWO], method=f"{package}:Tried", parameters=parameters or {})
+        ended = run(capsys, "merge", recipe, tmp_path / "out", "--allow-external-methods")
+        assert "Traceback" not in ended.err
+        assert (tmp_path / "out").exists() == (ended.status == 0)
+        return ended.status, re.sub(rf"\({package}\.py, line \d+\)", "(line)", ended.err)
+
+    return said
+
+
+DIVIDED = "ZeroDivisionError: division by zero (line)."
+AGAIN = "gives other numbers when it is asked again (time, chance, a count of calls?)"
+
+
+def merging(expression: str) -> str:
+    return f"def merge(self, base, operands, extras, state, position):\n    return {expression}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        # misspelt, or of another type
+        ('operand = "deltas"', "operand: no value 'deltas'; did you mean 'delta'?"),
+        ('statistics = "fischer"', "statistics: no value 'fischer'; did you mean 'fisher'?"),
+        ("parameters = (LAMBDA)", "is no tuple"),
+        ('parameters = ("lambda",)', "parameters: 'lambda' is not Parameter"),
+        ("name = 7", "name: 7 is not text"),
+        ("def from_options(cls, options, parameters):\n    return cls()", "from_options lacks @classmethod"),
+        ("@classmethod\ndef from_options(cls, o, p):\n    return None", "its `from_options` gives no method: None"),
+        ("@classmethod\ndef from_options(cls, o, p):\n    return 1 / 0", f"fails in `from_options`: {DIVIDED}"),
+        ("def asks_majority(self):\n    return True", "its `asks_majority` lacks @property (line)."),
+        ("def needs(self):\n    return Needs()", "its `needs` lacks @property (line)."),
+        ("@property\ndef needs(self):\n    return 1 / 0", f"fails in `needs`: {DIVIDED}"),
+        (
+            'needs = property(lambda self: Needs((Stage(of="magnitudes"),)))',
+            "fails in `needs`: ValueError: the last stage of a method merges, and no other (line).",
+        ),
+        (
+            'needs = property(lambda self: Needs((Stage(of="merge", asks=(DataStatistics(kind="fisher"),)),)))',
+            "its `needs` asks for fisher, `statistics` is None (line).",
+        ),
+        (
+            'needs = property(lambda self: Needs((Stage(of="merg"),)))',
+            "fails in `needs`: ValueError: Stage: of: no value 'merg'; did you mean 'merge'? (line).",
+        ),
+        ("def counters(self, experts):\n    return 1 / 0", f"fails in `counters`: {DIVIDED}"),
+        ("def counters(self, experts):\n    pass", "its `counters` gives no names: None is no tuple (line)."),
+        ('def counters(self, experts):\n    return "abc"', "its `counters` gives no names: 'abc' is no tuple (line)."),
+        ("def counters(self, experts):\n    return (1, 2)", "its `counters` gives no names: 1 is not text (line)."),
+        ('counters = ("a",)', "fails in `counters`: TypeError: 'tuple' object is not callable."),
+        ('def check(self, experts):\n    return experts[0]["nope"]', "fails in `check`: KeyError: 'nope' (line)."),
+        ('def check(self, experts):\n    raise ValueError("weights no good")', "  weights no good"),
+        # numbers
+        ("def state(self, *given):\n    return 1 / 0", f"fails in `state`: {DIVIDED}"),
+        ("def state(self, *given):\n    pass", "'NoneType' object has no attribute 'items' (line)."),
+        ("def state(self, parameters):\n    pass", "takes 2 positional arguments but 5 were given (line)."),
+        ('def state(self, *given):\n    return {"lambda": float("nan")}', "its `state` gives NaN as `lambda` (line)."),
+        ('def state(self, *given):\n    return {"lambda": random.random()}', f"its `state` {AGAIN}"),
+        ('def state(self, *given):\n    return {"lambda": time.time() % 1 * 1e-3}', AGAIN),
+        (
+            'def state(self, *given):\n    calls.append(1)\n    return {"lambda": 1.0, f"n{len(calls)}": 1.0}',
+            f"its `state` {AGAIN} (line).",
+        ),
+        # what is returned
+        (merging("base + operands[0]"), "its `merge` returns float32 of shape (7,), not the merged weights and a list"),
+        (merging("None"), "its `merge` returns NoneType, not the merged weights and a list of counters"),
+        (merging("(base.double() * 1e60, [])"), "its `merge` returns float64 of shape (7,) as merged weights"),
+        (merging("((base + operands[0]).long(), [])"), "its `merge` returns int64 of shape (7,) as merged weights"),
+        (merging("((base + operands[0]).bfloat16(), [])"), "not one float32 for every element of `base` (line)."),
+        (merging("(base > 0, [])"), "its `merge` returns bool of shape (7,) as merged weights"),
+        (merging('(state["lambda"], [])'), "its `merge` returns float32 of shape () as merged weights"),
+        (
+            'def counters(self, experts):\n    return ("a",)\n' + merging("(base + operands[0], [3])"),
+            "its `merge` returns int as a counter, not the `count` of a mask (line).",
+        ),
+        (
+            'def counters(self, experts):\n    return ("a",)\n' + merging("(base + operands[0], [operands[0] > 0])"),
+            "its `merge` returns bool of shape (7,) as a counter",
+        ),
+        ("def merge(self, base, operands):\n    pass", "takes 3 positional arguments but 6 were given (line)."),
+        # what is looked at
+        (merging("(base + (operands[0] - float(operands[0].numpy().mean())), [])"), "torch's `numpy` looks at values"),
+        (merging("(base + sum(operands[0].tolist()), [])"), "torch's `tolist` looks at values"),
+        (merging("(base * 2 if len(base) % 2 == 0 else base + operands[0].exp(), [])"), "past torch"),
+        (merging("(base * 2 if len(base) > 31000 else base + operands[0].exp(), [])"), "past torch"),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_a_methods_author_is_one_line_with_its_place(lines: str, words: str, saying: Saying) -> None:
+    status, err = saying(lines)
+    assert status == 2
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("parameters = (LAMBDA,)", "trims, but models have no density: give it `density(...)`"),
+        ("def trim(self):\n    return RULE", "its `trim` lacks @property (line)."),
+        ("trim = property(lambda self: 1 / 0)", f"fails in `trim`: {DIVIDED}"),
+        ("trim = property(lambda self: 0.2)", "its `trim` is wrong: 0.2 is not TrimRule (line)."),
+        (
+            'trim = property(lambda self: TrimRule(scope="models", tie_policy="keep_all"))',
+            "fails in `trim`: ValueError: TrimRule: scope: no value 'models'; did you mean 'model'? (line).",
+        ),
+        (
+            'trim = property(lambda self: TrimRule(scope="model", tie_policy="exactk"))',
+            "fails in `trim`: ValueError: TrimRule: tie_policy: no value 'exactk'; did you mean 'exact_k'? (line).",
+        ),
+        (
+            'trim = property(lambda self: TrimRule(scope="model", tie_policy="keep_all", at_least=0.5))',
+            "fails in `trim`: ValueError: TrimRule: at_least: 0.5 is not a whole number (line).",
+        ),
+        (
+            'needs = property(lambda self: Needs((Stage(of="magnitudes", asks=(RULE,)),) * 2 + (Stage(of="merge"),)))',
+            "fails in `needs`: ValueError: two of TrimRule are asked for; there can be one (line).",
+        ),
+        (
+            'needs = property(lambda self: Needs((Stage(of="magnitudes", asks=(RULE, RULE)), Stage(of="merge"))))',
+            "fails in `needs`: ValueError: two of TrimRule are asked for; there can be one (line).",
+        ),
+        (
+            'SIGN = MajoritySign(dependent="cancelations")\n'
+            'needs = property(lambda self: Needs((Stage(of="merge", asks=(self.SIGN,)),)))\n'
+            'def counters(self, experts):\n    return ("sign_sum", "cancellations")',
+            "has no counter `cancelations` of what depends on it; did you mean 'cancellations'?",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_what_is_asked_for_is_one_line_with_its_place(lines: str, words: str, saying: Saying) -> None:
+    status, err = saying(lines, "Trim", parameters={"density": 0.2})
+    assert status == 2
+    assert words in err
+
+
+def test_a_threshold_for_a_whole_model_has_one_density(
+    package: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    density = {"density": [{"filter": "a", "value": 0.5}, {"value": 0.2}]}
+    recipe = merge_job(
+        random_models({"a": (9,), "b": (9,)}, experts=2), method=f"{package}:Trimmed", parameters=density
+    )
+    ended = run(capsys, "plan", recipe, "--allow-external-methods")
+    assert ended.status == 2
+    assert "has one threshold for a whole model, but the recipe's density varies inside of it" in ended.err
+
+
+def test_code_that_fails_when_it_is_imported_is_told_in_one_line(
+    package: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"{package}.py").write_text("\n1 / 0\n")
+    recipe = merge_job([TEN, ONE], method=f"{package}:Tried")
+    ended = run(capsys, "plan", recipe, "--allow-external-methods")
+    assert ended.status == 2
+    assert f"fails when it is imported: ZeroDivisionError: division by zero ({package}.py, line 2)." in ended.err
+
+
+VARYING = """
+from ties_dist.methods.base import WEIGHT
+
+@dataclass(frozen=True, kw_only=True)
+class Sparing(Largest):
+    # Leaves out experts without a weight: other numbers for another tensor.
+    parameters: ClassVar[tuple] = (WEIGHT,)
+
+    def state(self, parameters, experts, cuts, majority):
+        return {f"w{i}": float32(e["weight"]) for i, e in enumerate(experts) if e["weight"] != 0}
+
+    def merge(self, base, operands, extras, state, position):
+        result = base
+        for i, delta in enumerate(operands):
+            if f"w{i}" in state:
+                result = result + delta * state[f"w{i}"]
+        return result, []
+"""
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "eager"])
+def test_tensors_with_other_numbers_have_a_loop_of_their_own(
+    kernel: str, package: str, merge_job: Checkpoints, tmp_path: Path
+) -> None:
+    (tmp_path / f"{package}.py").write_text(CODE + VARYING)
+    models = [{"a": torch.full((4,), n), "b": torch.full((4,), n)} for n in (0.0, 1.0, 10.0)]
+    weights: list[dict[str, object]] = [{"weight": [{"filter": "a", "value": 0}, {"value": 3}]}, {"weight": 5}]
+    recipe = merge_job(models, method=f"{package}:Sparing", expert_parameters=weights)
+    report = ties_dist.merge(recipe, tmp_path / "out", kernel=kernel, allow_external_methods=True)  # type: ignore[arg-type]
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert (merged["a"].tolist(), merged["b"].tolist()) == ([50.0] * 4, [53.0] * 4)
+    assert report.kernel == kernel

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "ties_dist"
 
 ROWS = (
     "errors messages dtypes",
+    "declared",
     "kernels thresholds cache",
     "storage methods progress",
     "values",

@@ -19,6 +19,7 @@ from ties_dist.compiler.slices import Slice
 from ties_dist.dtypes import DType, torch_dtype
 from ties_dist.errors import RecipeError
 from ties_dist.methods.base import THRESHOLDS, Method, count
+from ties_dist.methods.outside import defined
 
 BLOCK = 1 << 15
 """Elements: temporaries stay in the second-level cache, and torch does not split an operation over threads, whose
@@ -44,8 +45,8 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
     operands: (n,) each, as stored: the base (where the method takes deltas), `experts` experts, extras. state: of
     `Method.numbers`; position: see Method.merge. Returns the result, (n,) of the type `out`, and int32 counters as
     `Counters` lays them out: non-finite entries of each operand and of the result, entries above and at each threshold
-    (and zeros, where a rank follows from those), then the method's own. Raises RecipeError where those are not as many
-    as it declares.
+    (and zeros, where a rank follows from those), then the method's own. Raises RecipeError where what the method
+    returns is not what it is to return.
     """
     trim, declared = method.needs.trim, method.counters(experts)
 
@@ -59,9 +60,8 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
         split = first + experts
         numbers = dict(state)
         proofs = count_trims(values[first:split], numbers.pop(THRESHOLDS), zeros=trim.counts_zeros) if trim else []
-        merged, counts = method.merge(base, values[first:split], values[split:], numbers, position)
-        if len(counts) != len(declared):
-            raise RecipeError(_miscounted(method, declared, len(counts)))
+        returned: object = method.merge(base, values[first:split], values[split:], numbers, position)
+        merged, counts = _returned(returned, base, method, declared)
         counters = torch.stack([*bad, count_beyond(merged, OVERFLOWS_FROM[out]), *proofs, *counts])
         return merged.to(torch_dtype(out)), counters  # the one cast: round-to-nearest-even
 
@@ -81,12 +81,41 @@ def count_trims(deltas: Sequence[Tensor], thresholds: Tensor, *, zeros: bool) ->
     return counts
 
 
+def _returned(
+    returned: object, base: Tensor, method: Method, declared: Sequence[str]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """What a method's `merge` gave. Raises RecipeError where it is something else than that is to give."""
+    merged, counts = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not isinstance(counts, (list, tuple)):
+        wrong = f"{_like(returned)}, not the merged weights and a list of counters, as in `return merged, []`"
+    elif not isinstance(merged, Tensor) or merged.dtype != torch.float32 or merged.shape != base.shape:
+        wrong = f"{_like(merged)} as merged weights, not one float32 for every element of `base`"
+    elif len(counts) != len(declared):
+        raise RecipeError(_miscounted(method, declared, len(counts)))
+    elif strange := [each for each in counts if not _is_counter(each)]:
+        wrong = f"{_like(strange[0])} as a counter, not the `count` of a mask"
+    else:
+        return merged, counts
+    raise RecipeError(f"merge_method `{method.name}`: its `merge` returns {wrong}{defined(type(method), 'merge')}.")
+
+
 def _miscounted(method: Method, declared: Sequence[str], returned: int) -> str:
     listed = f" ({', '.join(declared)})" if declared else ""
     return (
         f"merge_method `{method.name}` declares {len(declared)} counters{listed}, its `merge` returns {returned}. Name "
         "every one in `counters`, in the order in which `merge` returns them."
     )
+
+
+def _is_counter(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (torch.int32, torch.int64)
+
+
+def _like(value: object) -> str:
+    """What it is, for a message."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def count_beyond(values: Tensor, limit: float) -> Tensor:

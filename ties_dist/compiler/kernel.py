@@ -1,16 +1,15 @@
 """The merge of one slice: a method's plain torch function as one compiled loop, or, where that cannot be, eagerly.
 
-A kernel is compiled once per (method, types, number of experts) and kept on disk; every number enters as data. torch is
+A kernel is compiled once per (method, types, number of experts, names of the state) and kept on disk; every number
+enters as data. torch is
 imported only to trace a function that is not there yet, or to run one eagerly: 1.5 s that most merges never spend.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +24,8 @@ from ties_dist.compiler.native import KernelStore, NativeKernel, compile_loop, l
 from ties_dist.compiler.slices import Slice, flat
 from ties_dist.dtypes import LOOP_BYTES, DType
 from ties_dist.errors import PlanError, RecipeError
-from ties_dist.methods.base import Method, State, is_ours
+from ties_dist.methods.base import Method
+from ties_dist.methods.outside import is_ours, place_of
 
 if TYPE_CHECKING:
     from ties_dist.compiler.cuda import Gpus
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Kind = tuple[tuple[DType, ...], DType, tuple[tuple[str, tuple[int, ...]], ...]]
+"""What slices have in common that one loop merges: types, the output's, and names and shapes of the state in order."""
 PACKAGE = Path(__file__).parent.parent
 CODE = ("compiler/*.py", "kernels/*.py", "methods/*.py", "dtypes.py")
 """Of the package, what a loop of one of our methods follows from (tests/unit/compiler: all that these import)."""
@@ -57,8 +59,8 @@ class MergeKernel:
     wanted: KernelKind = "auto"
     store: KernelStore = field(default_factory=KernelStore)
     gpus: Gpus | None = None
-    _known: dict[tuple[DType, ...], NativeKernel | None] = field(default_factory=dict)
-    _on_gpus: dict[tuple[DType, ...], tuple[str, int]] = field(default_factory=dict)
+    _known: dict[Kind, NativeKernel | None] = field(default_factory=dict)
+    _on_gpus: dict[Kind, tuple[str, int]] = field(default_factory=dict)
     _fused: dict[DType, Fused] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -91,9 +93,9 @@ class MergeKernel:
             total += native(operands, state, each.position + first, out, items)
         return total
 
-    def prepare(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:
+    def prepare(self, types: Sequence[DType], out_type: DType, state: Mapping[str, np.ndarray]) -> NativeKernel | None:
         """The compiled loop for these types: known, from disk, or made now. None where there can be none."""
-        key = (*types, out_type)
+        key = _kind(types, out_type, state)
         if key not in self._known:
             with self._lock:
                 if key not in self._known:
@@ -102,19 +104,19 @@ class MergeKernel:
 
     def prepare_cuda(self, each: Slice) -> tuple[str, int]:
         """PTX of the loop for a slice's types, and how many counters it has. Raises PlanError."""
-        key = (*each.types, each.out_type)
+        key = _kind(each.types, each.out_type, each.state)
         if key not in self._on_gpus:
             with self._lock:
                 if key not in self._on_gpus:
                     self._on_gpus[key] = self._make_ptx(each)
         return self._on_gpus[key]
 
-    def _make(self, types: Sequence[DType], out_type: DType, state: State) -> NativeKernel | None:
+    def _make(self, types: Sequence[DType], out_type: DType, state: Mapping[str, np.ndarray]) -> NativeKernel | None:
         if not runs_here((*types, out_type)):
             logger.warning("this processor has no float16 instructions: running eagerly, 20 times slower")
             return None
         key = self._key(types, out_type, state)
-        if is_ours(self.method) and (kept := self.store.get(key)) is not None:
+        if is_ours(type(self.method)) and (kept := self.store.get(key)) is not None:
             return kept
         from ties_dist.compiler.trace import UntraceableError
 
@@ -124,13 +126,13 @@ class MergeKernel:
             logger.warning("`%s` cannot be compiled (%s): running eagerly, 20 times slower", self.method.name, error)
             return None
         code = compile_loop(loop)
-        if is_ours(self.method):  # of a method from elsewhere, nobody knows what else its code follows from
+        if is_ours(type(self.method)):  # of a method from elsewhere, nobody knows what else its code follows from
             self.store.put(key, code, len(loop.counters))
         return load(code, len(loop.counters))
 
     def _make_ptx(self, each: Slice) -> tuple[str, int]:
         key = self._key(each.types, each.out_type, each.state, "ptx")
-        if is_ours(self.method) and (kept := self.store.get_ptx(key)) is not None:
+        if is_ours(type(self.method)) and (kept := self.store.get_ptx(key)) is not None:
             return kept
         from ties_dist.compiler.cuda import compile_ptx
         from ties_dist.compiler.trace import UntraceableError
@@ -140,11 +142,11 @@ class MergeKernel:
         except UntraceableError as error:
             raise PlanError(f"`{self.method.name}` cannot run on a GPU ({error}). Use --device cpu.") from error
         ptx = compile_ptx(loop)
-        if is_ours(self.method):
+        if is_ours(type(self.method)):
             self.store.put(key, ptx.encode(), len(loop.counters))
         return ptx, len(loop.counters)
 
-    def _key(self, types: Sequence[DType], out_type: DType, state: State, *more: str) -> str:
+    def _key(self, types: Sequence[DType], out_type: DType, state: Mapping[str, np.ndarray], *more: str) -> str:
         facts = (_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state), *more)
         return self.store.key(*facts)
 
@@ -156,7 +158,11 @@ class MergeKernel:
         return self._fused[out_type]
 
 
-def loop_of(method: Method, function: Fused, types: Sequence[DType], state: State) -> Loop:
+def _kind(types: Sequence[DType], out_type: DType, state: Mapping[str, np.ndarray]) -> Kind:
+    return tuple(types), out_type, tuple([(name, value.shape) for name, value in state.items()])
+
+
+def loop_of(method: Method, function: Fused, types: Sequence[DType], state: Mapping[str, np.ndarray]) -> Loop:
     """The loop of a method's fused function. Raises UntraceableError where there is none, RecipeError where the method
     cannot merge slice by slice."""
     from ties_dist.compiler.elementwise import NotElementwiseError
@@ -165,14 +171,15 @@ def loop_of(method: Method, function: Fused, types: Sequence[DType], state: Stat
     try:
         return trace(function, types, shapes(state))
     except NotElementwiseError as error:
+        place = place_of(error, type(method), "merge")
         raise RecipeError(
-            f"merge_method `{method.name}` cannot merge slice by slice: {error}{place_of(error)}. Tensors are cut "
-            "anywhere: an element of the result may follow only from the same element of base and experts and from the "
-            "numbers of `state` (docs/recipe.md)."
+            f"merge_method `{method.name}` cannot merge slice by slice: {error}{place}. Tensors are cut anywhere: an "
+            "element of the result may follow only from the same element of base and experts and from the numbers of "
+            "`state` (docs/recipe.md)."
         ) from error
 
 
-def eager_reason(method: Method, operands: int, experts: int, state: State) -> str | None:
+def eager_reason(method: Method, operands: int, experts: int, state: Mapping[str, np.ndarray]) -> str | None:
     """Why a method will run eagerly; None where there is a loop for it. Raises RecipeError as `loop_of`."""
     from ties_dist.compiler.fuse import fuse
     from ties_dist.compiler.trace import UntraceableError
@@ -184,13 +191,5 @@ def eager_reason(method: Method, operands: int, experts: int, state: State) -> s
     return None
 
 
-def place_of(error: Exception) -> str:
-    """The line of a method's code that an error comes from, in brackets."""
-    frames = traceback.extract_tb(error.__traceback__)
-    inner = (f"{PACKAGE / 'compiler'}{os.sep}", f"{os.sep}torch{os.sep}")
-    theirs = [f for f in frames if not any(part in f.filename for part in inner)]
-    return f" ({os.path.basename(theirs[-1].filename)}, line {theirs[-1].lineno})" if theirs else ""
-
-
-def shapes(state: State) -> dict[str, tuple[int, ...]]:
+def shapes(state: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     return {name: np.shape(value) for name, value in state.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ties_dist.dtypes import LOOP_BYTES, STORED, DType
-from ties_dist.methods.base import State
 from ties_dist.values.views import DECODED_AT_ONCE, Encoded, Operand, Shifted, blocks
 
 
@@ -94,7 +93,7 @@ class Slice:
 
     operands: Sequence[memoryview | Encoded]
     types: tuple[DType, ...]
-    state: State
+    state: Mapping[str, np.ndarray]
     position: int
     out: memoryview
     out_type: DType
@@ -115,6 +114,6 @@ class Slice:
             yield low, contents, part(self.out, self.out_type, low, high)
 
 
-def flat(state: State) -> np.ndarray:
+def flat(state: Mapping[str, np.ndarray]) -> np.ndarray:
     """All numbers of a state behind each other, float32, as a compiled loop takes them."""
     return np.concatenate([np.reshape(value, -1) for value in state.values()] or [np.zeros(0)]).astype(np.float32)

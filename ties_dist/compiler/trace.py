@@ -25,7 +25,7 @@ from ties_dist.compiler.loop import CASTS, COMPARISONS, Loop, Node
 from ties_dist.dtypes import LOOP_BYTES, DType, torch_dtype
 
 RUNS = (((7, 11, 13), 0), ((64, 192, 320), 4095), ((BLOCK, 2 * BLOCK, 4 * BLOCK), (1 << 40) + 12345))
-"""Elements of the slices that are traced, and their places: an odd length, an even one, and the largest that is ever run
+"""Elements of the slices that are traced, and their places: an odd length, an even one, and the largest that ever runs
 eagerly. Of each the first that is no other length, too."""
 TAKES_OUT = frozenset(
     ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "_typed_storage")

@@ -153,11 +153,6 @@ class Method:
         raise NotImplementedError
 
 
-def is_ours(method: Method) -> bool:
-    """Whether a method's code is of this package, and covered by its tests."""
-    return type(method).__module__.startswith(f"{__name__.rpartition('.')[0]}.")
-
-
 def count(mask: Tensor) -> Tensor:
     """How many of (n,) bool are true, 0-d int32: half the accumulators of int64, and a slice is far below 2^31."""
     import torch

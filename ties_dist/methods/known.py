@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 
+from ties_dist.declared import misdeclared
 from ties_dist.errors import RecipeError
 from ties_dist.methods.base import Method
+from ties_dist.methods.outside import last_line
 
 PACKAGE = __name__.rpartition(".")[0]
 
@@ -40,11 +43,19 @@ class External(dict[str, type[Method]]):
                 f"merge_method {name}: {error}. It must be importable where ties_dist runs: installed, or with its "
                 "folder in PYTHONPATH."
             ) from error
+        except Exception as error:
+            raise RecipeError(
+                f"merge_method {name} fails when it is imported: {type(error).__name__}: {error}{last_line(error)}."
+            ) from error
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise RecipeError(f"merge_method {name} is no subclass of ties_dist.methods.Method.")
         lacks = [part for part in REQUIRED if getattr(method, part, None) in (None, getattr(Method, part, None))]
         if lacks:
             raise RecipeError(f"merge_method {name} lacks {', '.join(lacks)}; docs/recipe.md has an example.")
+        for wrong in misdeclared(method, Method):
+            raise RecipeError(f"merge_method {name}: {wrong}.")
+        if not isinstance(inspect.getattr_static(method, "from_options"), classmethod):
+            raise RecipeError(f"merge_method {name}: from_options lacks @classmethod.")
         return method
 
     def get(self, name: str, default: object = None) -> type[Method]:

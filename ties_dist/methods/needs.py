@@ -10,9 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from ties_dist.declared import misdeclared
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrimRule:
+class Declared:
+    """What a method says with words. Raises ValueError where one is misspelt."""
+
+    def __post_init__(self) -> None:
+        for wrong in misdeclared(self):
+            raise ValueError(f"{type(self).__name__}: {wrong}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimRule(Declared):
     """Asks for an exact order statistic of every expert's |delta|, and says which entries it keeps."""
 
     scope: Literal["model", "tensor"]
@@ -51,7 +62,7 @@ class TrimRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MajoritySign:
+class MajoritySign(Declared):
     """Asks for the sign of a sum over the whole model of what the merge itself counts.
 
     The engine merges with a guess of it, and again what depends on it where the guess was wrong. signs: the method's
@@ -63,7 +74,7 @@ class MajoritySign:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataStatistics:
+class DataStatistics(Declared):
     """Asks for what was collected of each expert on its own data (`ties-dist collect`).
 
     Fisher diagonals come to `merge`, as extras; Gram matrices to `solve`, which merges such a tensor whole.
@@ -77,7 +88,7 @@ A = TypeVar("A", bound=Ask)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(Declared):
     """One elementwise function over all elements, and what is asked for it or of it.
 
     of: `magnitudes`, each expert's |delta| by itself, which a trim ranks; `merge`, the method's own function.
@@ -89,16 +100,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Needs:
-    """The stages of a method, in order. Raises ValueError where the last one does not merge."""
+    """The stages of a method, in order. Raises ValueError where the last one does not merge, or two ask the same."""
 
     stages: tuple[Stage, ...] = (Stage(of="merge"),)
 
     def __post_init__(self) -> None:
+        for wrong in misdeclared(self):
+            raise ValueError(f"Needs: {wrong}")
         if [stage.of for stage in self.stages].count("merge") != 1 or self.stages[-1].of != "merge":
             raise ValueError("the last stage of a method merges, and no other")
         for stage in self.stages:
             if any(isinstance(ask, TrimRule) != (stage.of == "magnitudes") for ask in stage.asks):
                 raise ValueError("a TrimRule is asked of `magnitudes`, everything else of `merge`")
+        kinds = [type(ask) for stage in self.stages for ask in stage.asks]
+        if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+            raise ValueError(f"two of {twice.__name__} are asked for; there can be one")
 
     @property
     def trim(self) -> TrimRule | None:

@@ -22,7 +22,7 @@ from ties_dist.inputs.tokenizers import Tokenizer
 from ties_dist.messages import listing, readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
-from ties_dist.planning.admission import admit
+from ties_dist.planning.admission import admit, method_of, unfit_numbers
 from ties_dist.planning.arrange import Inputs, arrange, models_of
 from ties_dist.planning.fitting import Fitting, compared_models
 from ties_dist.planning.layout import Layout, TensorSpec, lay_out
@@ -134,7 +134,7 @@ def assemble(
 
     tokenizers: of the models that are compared, in that order; none are known of models in memory.
     """
-    method, resources, equality = _method(recipe), resources or options.resources(), equality or Equality()
+    method, resources, equality = method_of(recipe), resources or options.resources(), equality or Equality()
     aliases = _find_aliases(recipe, method, opened, equality)
     folded = {id(each): aliases.fold(each) for each in opened}
     fitting = Fitting(recipe, method, [folded[id(each)] for each in opened], tokenizers)
@@ -171,13 +171,6 @@ def assemble(
         resources=resources,
         companions=inputs.companions,
         unproven=tuple(equality.unproven),
-    )
-
-
-def _method(recipe: Recipe) -> Method:
-    return recipe.spec.from_options(
-        {**recipe.options.model_dump(), "elect_from": recipe.elect_from, "of_moved": recipe.of_moved},
-        {name: s.constant for name, s in recipe.parameters.items() if s.constant is not None},
     )
 
 
@@ -364,9 +357,11 @@ def _numbers(recipe: Recipe, method: Method, tensors: Sequence[TensorSpec]) -> d
             )
             if by_tensor:
                 numbers[name] = on_factors(numbers[name], name)
-            method.check(numbers[name].experts)
-        except (RecipeError, ValueError) as error:
+        except RecipeError as error:
             failures[str(error)] = None
+            continue
+        if wrong := unfit_numbers(method, numbers[name].experts):
+            failures[wrong] = None
     if failures:
         raise RecipeError(listing("the recipe's numbers do not fit:", list(failures)))
     return numbers
