@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ties_dist.dtypes import LOOP_BYTES, STORED, DType
-from ties_dist.values.views import DECODED_AT_ONCE, Encoded, Operand, Shifted, blocks
+from ties_dist.values.views import DECODED_AT_ONCE, Encoded, Operand, Shifted, blocks, decode
 
 
 def as_stored(content: memoryview, dtype: DType) -> np.ndarray:
@@ -34,7 +34,7 @@ def numbers(content: memoryview | Encoded, dtype: DType, low: int, high: int) ->
     """(high - low,) elements of an operand as the histograms take them (`loadable`)."""
     if isinstance(content, memoryview):
         return loadable(part(content, dtype, low, high), dtype)
-    return content.decode(low, high)
+    return decode(content, low, high)
 
 
 def part(content: memoryview, dtype: DType, low: int, high: int) -> memoryview:
@@ -60,11 +60,11 @@ def decoded(operand: Operand, low: int, high: int) -> np.ndarray:
     if isinstance(content, memoryview):
         return np.array(widened(part(content, operand.type, low, high), operand.type))
     if high - low <= DECODED_AT_ONCE:
-        return content.decode(low, high)
+        return decode(content, low, high)
     values = np.empty(high - low, np.float32)
     for start in range(low, high, DECODED_AT_ONCE):
         stop = min(high, start + DECODED_AT_ONCE)
-        values[start - low : stop - low] = content.decode(start, stop)
+        values[start - low : stop - low] = decode(content, start, stop)
     return values
 
 
@@ -108,7 +108,7 @@ class Slice:
         for low, high in blocks(self.operands, self.elements):
             given = zip(self.operands, self.types, strict=True)
             contents = [
-                part(c, t, low, high) if isinstance(c, memoryview) else c.decode(low, high).data.cast("B")
+                part(c, t, low, high) if isinstance(c, memoryview) else decode(c, low, high).data.cast("B")
                 for c, t in given
             ]
             yield low, contents, part(self.out, self.out_type, low, high)

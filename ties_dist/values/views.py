@@ -99,6 +99,16 @@ def blocks(contents: Sequence[memoryview | Encoded], elements: int) -> Iterator[
         yield low, min(elements, low + DECODED_AT_ONCE)
 
 
+def decode(encoded: Encoded, low: int, high: int) -> np.ndarray:
+    """(high - low,) float32: what a form decoded, and where it comes in. Raises TypeError where that is something else,
+    whose bytes would be taken for float32."""
+    values = encoded.decode(low, high)
+    if values.dtype.str != "<f4" or values.shape != (high - low,):
+        found = f"{values.dtype} of shape {values.shape}"
+        raise TypeError(f"{type(encoded).__name__}.decode gave {found}, not float32 of shape {(high - low,)}")
+    return values
+
+
 class Shifted:
     """Encoded elements from a later one on."""
 
@@ -106,4 +116,4 @@ class Shifted:
         self._encoded, self._by = encoded, by
 
     def decode(self, low: int, high: int) -> np.ndarray:
-        return self._encoded.decode(self._by + low, self._by + high)
+        return decode(self._encoded, self._by + low, self._by + high)
