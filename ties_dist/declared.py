@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache
-from numbers import Integral, Real
+from numbers import Real
 from reprlib import repr as short
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -58,7 +58,7 @@ def _hints(kind: type) -> Mapping[str, object]:
 
 def _is(value: object, kind: object) -> bool:
     if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool)  # JSON takes no integers of numpy
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
     return not isinstance(kind, type) or isinstance(value, kind)

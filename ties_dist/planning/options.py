@@ -15,8 +15,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.compiler.kinds import KernelKind
+from ties_dist.declared import unfit
 from ties_dist.errors import PlanError
-from ties_dist.messages import nearest, readable
+from ties_dist.messages import readable
 from ties_dist.storage.base import Backend
 
 ExecutorName = Literal["auto", "local", "ray"]
@@ -91,11 +92,11 @@ def options_of(kind: type[RunOptions | Cluster]) -> tuple[Option, ...]:
 
 
 def check(options: RunOptions | Cluster) -> None:
-    """Raises PlanError: a word that is misspelt must not do what `auto` does."""
+    """Raises PlanError: a word that is misspelt must not do what `auto` does, nor "no" what True does."""
     for each in options_of(type(options)):
         value = getattr(options, each.name)
-        if each.words and value not in each.words:
-            raise PlanError(f"{each.name}: no value {value!r}; {nearest(str(value), each.words)}")
+        if wrong := unfit(value, each.hint):
+            raise PlanError(f"{each.name}: {wrong}{f', in {each.said.unit}' if each.said.unit else ''}")
         if isinstance(value, int | float) and each.kind is not bool and value < 1:
             raise PlanError(f"{each.name}: {value} is too small; it is at least 1.")
 

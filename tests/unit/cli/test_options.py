@@ -57,11 +57,46 @@ def test_a_wrong_name_is_a_type_error_that_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"kernel": "eagre"}, "kernel: no value 'eagre'; did you mean 'eager'"), ({"threads": 0}, "threads: 0 is too")],
+    [
+        ({"kernel": "eagre"}, "kernel: no value 'eagre'; did you mean 'eager'"),
+        ({"kernel": None}, "kernel: no value None; known: "),
+        ({"threads": 0}, "threads: 0 is too"),
+        ({"threads": "2"}, "threads: '2' is not a whole number"),
+        ({"threads": 1.5}, "threads: 1.5 is not a whole number"),
+        ({"threads": True}, "threads: True is not a whole number"),
+        ({"threads": float("nan")}, "threads: nan is not a whole number"),
+        ({"memory_budget": "2G"}, "memory_budget: '2G' is not a whole number, in bytes"),
+        ({"memory_budget": None}, "memory_budget: None is not a whole number, in bytes"),
+        ({"fresh": "no"}, "fresh: 'no' is not True or False"),
+        ({"fresh": 0}, "fresh: 0 is not True or False"),
+        ({"semantics": 3}, "semantics: 3 is not text"),
+        ({"cache_dir": 3}, "cache_dir: 3 is not Path"),
+        ({"cluster": {}}, "cluster: {} is not Cluster"),
+    ],
 )
 def test_a_wrong_value_does_not_do_what_auto_does(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         RunOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"address": 3}, "address: 3 is not text"),
+        ({"start_seconds": float("nan")}, "start_seconds: nan is not a number, in seconds"),
+        ({"start_seconds": 0.5}, "start_seconds: 0.5 is too small"),
+        ({"resources": "GPU"}, "resources: 'GPU' is no mapping"),
+        ({"resources": {"GPU": "one"}}, "resources: 'one' is not a number"),
+        ({"labels": {"zone": 3}}, "labels: 3 is not text"),
+    ],
+)
+def test_a_wrong_value_of_a_cluster_is_told(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Cluster(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert Cluster(start_seconds=30, resources={"GPU": 1}).start_seconds == 30
 
 
 def test_what_travels_is_made_from_the_options() -> None:
