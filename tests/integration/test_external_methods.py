@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import py_compile
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +196,49 @@ def test_other_code_is_another_merge(package: str, merge_job: Checkpoints, tmp_p
     (tmp_path / f"{other}.py").write_text(CODE.replace("delta.abs() > best", "delta.abs() >= best"))
     recipe.write_text(recipe.read_text().replace(f"{package}:", f"{other}:"))
     assert ties_dist.plan(recipe, allow_external_methods=True).fingerprint != first
+
+
+DERIVED = """
+from {} import Largest
+
+class Larger(Largest):
+    pass
+"""
+PRINTED = """
+import ties_dist, sys
+print(ties_dist.plan(sys.argv[1], allow_external_methods=True).fingerprint)
+"""
+
+
+def test_code_that_it_follows_from_is_another_merge_too(package: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / f"{package}_larger.py").write_text(DERIVED.format(package))
+    recipe = merge_job(random_models({"w": (4, 4)}, experts=1), method=f"{package}_larger:Larger")
+
+    def fingerprint() -> str:
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(ties_dist.__file__).parents[1]}"}
+        command = [sys.executable, "-c", PRINTED, str(recipe)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    first = fingerprint()
+    assert fingerprint() == first
+    (tmp_path / f"{package}.py").write_text(CODE.replace("delta.abs() > best", "delta.abs() >= best"))
+    assert fingerprint() != first
+
+
+def test_a_compiled_module_is_known_by_its_bytes(
+    package: str, merge_job: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, name = set(), f"{package}_compiled"
+    for text in (CODE, CODE.replace("delta.abs() > best", "delta.abs() >= best")):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        (tmp_path / "source.py").write_text(text)
+        py_compile.compile(
+            str(tmp_path / "source.py"), cfile=str(tmp_path / f"{name}.pyc"), dfile="lost.py", doraise=True
+        )
+        recipe = merge_job(random_models({"w": (4, 4)}, experts=1), method=f"{name}:Largest")
+        found.add(ties_dist.plan(recipe, allow_external_methods=True).fingerprint)
+    assert len(found) == 2
 
 
 def test_the_command_line_lists_every_method_with_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:

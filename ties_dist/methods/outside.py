@@ -5,12 +5,14 @@ Whatever it raises is a mistake of whoever wrote it, found while planning: one l
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 from ties_dist.errors import RecipeError, TiesDistError
 
@@ -60,9 +62,24 @@ def last_line(error: BaseException) -> str:
     return "" if frame.filename.startswith(("<frozen", PACKAGE)) else _brackets(frame.filename, frame.lineno)
 
 
+def code_of(method: type) -> str:
+    """A digest of the modules that a method's classes are in: with another text it is another method."""
+    modules = dict.fromkeys(each.__module__ for each in _classes(method))
+    return hashlib.sha256(b"\0".join(_content(sys.modules[name]) for name in modules)).hexdigest()
+
+
+def _content(module: ModuleType) -> bytes:
+    """A module's text, or the bytes of a compiled one; nothing of one that was typed in."""
+    try:
+        return inspect.getsource(module).encode()
+    except (OSError, TypeError):
+        read = getattr(module.__loader__, "get_data", None)
+        return read(module.__file__) if read and getattr(module, "__file__", None) else b""
+
+
 def _classes(method: type) -> list[type]:
-    """A method's class and those it follows from, but for ours where it is none of ours."""
-    return [each for each in method.__mro__ if is_ours(method) or not is_ours(each)]
+    """A method's class and those it follows from, but for Python's, and for ours where it is none of ours."""
+    return [each for each in method.__mro__[:-1] if is_ours(method) or not is_ours(each)]
 
 
 def _brackets(file: str, line: int | None) -> str:

@@ -6,9 +6,7 @@ YAML in mergekit's dialect, because that is what users have (`dialect`), and our
 
 from __future__ import annotations
 
-import inspect
 import json
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ import yaml
 
 from ties_dist.errors import RecipeError
 from ties_dist.messages import listing
+from ties_dist.methods.outside import code_of
 from ties_dist.methods.parameter import Parameter
 from ties_dist.recipe.dialect import Draft, MethodSpec, read_draft
 from ties_dist.recipe.document import read_document
@@ -96,12 +95,7 @@ class Recipe:
 
     def _code(self) -> dict[str, object]:
         """Of a method from outside: with another text it is another merge. Ours have SEMANTICS_VERSION."""
-        if ":" not in self.method:
-            return {}
-        try:
-            return {"method_code": inspect.getsource(sys.modules[self.spec.__module__])}
-        except (OSError, TypeError):  # compiled, or typed in
-            return {}
+        return {"method_code": code_of(self.spec)} if isinstance(self.spec, type) and ":" in self.method else {}
 
     def to_yaml(self) -> str:
         """The resolved recipe: defaults and presets spelled out, models as they were written. Loads to the same."""
