@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ties_dist.methods.known import METHODS
 from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, assemble
 from ties_dist.progress import LogProgress
+from ties_dist.recipe.options import OptionKeywords
 from ties_dist.recipe.recipe import load_recipe
 from ties_dist.storage.memory import MemoryReader, MemoryWriter
 from ties_dist.worker.merging import MergeStep, Worker
@@ -41,7 +43,7 @@ def merge_state_dicts(
     elect_from: Mapping[str, Tensor] | None = None,
     kernel: KernelKind = RunOptions.kernel,
     threads: int | None = None,
-    **options: object,
+    **options: Unpack[OptionKeywords],
 ) -> dict[str, Tensor]:
     """Merge tensors in memory, with the semantics and the bytes of `merge`.
 
@@ -53,7 +55,7 @@ def merge_state_dicts(
     given = expert_parameters or [{}] * len(experts)
     if len(given) != len(experts):
         raise RecipeError(f"expert_parameters has {len(given)} entries for {len(experts)} experts; give one each.")
-    block = dict(options) | ({"elect_from": "memory/elect-from"} if elect_from is not None else {})
+    block: dict[str, object] = dict(options) | ({"elect_from": "memory/elect-from"} if elect_from is not None else {})
     document: dict[str, object] = {
         "merge_method": method,
         "models": [{"model": n, "parameters": dict(p)} for n, p in zip(names, given, strict=True)],

@@ -139,15 +139,29 @@ def test_it_merges_as_its_code_says(package: str, merge_job: Checkpoints, tmp_pa
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [2.0, -1.0, 1.0]
 
 
-def test_the_example_of_the_docs_is_a_method(
-    merge_job: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with the methods that the docs show."""
     text = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
-    (code,) = (part.partition("```")[0] for part in text.split("```python\n")[1:] if "(Method)" in part)
-    (tmp_path / "documented_method.py").write_text(code)
+    shown = [part.partition("```")[0] for part in text.split("```python\n")[1:] if "(Method)" in part]
+    name = f"documented_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text("\n".join(shown))
     monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_the_trim_of_the_docs_is_a_method_and_its_counter_is_reported(
+    documented: str, merge_job: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = merge_job([TEN, ONE, TWO], method=f"{documented}:Trimmed", parameters={"density": 0.2})
+    ended = run(capsys, "merge", recipe, tmp_path / "out", "--allow-external-methods", "--json")
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [10.0, 9, 8, 0, 0, 0, 0, -8, 9, -10]
+    assert json.loads(ended.out)["counters"] == {"moved": 6}
+
+
+def test_the_example_of_the_docs_is_a_method(documented: str, merge_job: Checkpoints, tmp_path: Path) -> None:
     models = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.5, 0.0])}, {"w": torch.tensor([0.75, 1.25])}]
-    recipe = merge_job(models, method="documented_method:Largest", parameters={"lambda": 2.0})
+    recipe = merge_job(models, method=f"{documented}:Largest", parameters={"lambda": 2.0})
     ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [2.0, -1.0]
 

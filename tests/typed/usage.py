@@ -18,6 +18,7 @@ def right() -> str:
     )
     planned: ties_dist.PlanReport = ties_dist.plan("recipe.yml", sample=True, semantics="mergekit")
     swept = ties_dist.sweep("recipe.yml", "out", lam=[1.0], cache_dir="kept", fresh=True)
+    ties_dist.merge_state_dicts({}, [{}], method="ties", trim_scope="tensor", exclude=["*.bias"])
     found: ties_dist.Analysis = ties_dist.analyze("recipe.yml", density=0.2, read_backend="pread")
     return f"{report.output_digest} {planned.units} {swept[0].report.output_digest} {found.cosines}"
 
@@ -30,5 +31,7 @@ def wrong() -> None:
     ties_dist.plan("recipe.yml", executor="ray")  # type: ignore[call-arg]
     ties_dist.sweep("recipe.yml", "out", device="cuda")  # type: ignore[call-arg]
     ties_dist.analyze("recipe.yml", overwrite=True)  # type: ignore[call-arg]
+    ties_dist.merge_state_dicts({}, [{}], trim_scop="tensor")  # type: ignore[call-arg]
+    ties_dist.merge_state_dicts({}, [{}], trim_scope="tensors")  # type: ignore[arg-type]
     ties_dist.mergee  # type: ignore[attr-defined]  # noqa: B018
     Method.mergee  # type: ignore[attr-defined]  # noqa: B018

@@ -66,6 +66,7 @@ def describe(
         if plan.needs.trim is not None
         else {},
         notes=(*job.notes, *remarks),
+        counters=totals.overall.own,
     )
 
 

@@ -45,7 +45,8 @@ class MergeReport:
     peak_rss_bytes: of the largest process. projected_bytes: what the plan said it would be. thresholds_from: 'scan',
     'sample', 'sample and scan' (of some experts each), 'cache', 'journal' (of the interrupted run) or None.
     mispredicted: those of a sample or cache were wrong, and found by a scan.
-    tensors: per tensor, shares of its entries.
+    counters: what the method counts itself, by its names, over the whole model. tensors: per tensor, shares of its
+    entries.
     """
 
     method: str
@@ -73,6 +74,7 @@ class MergeReport:
     phases: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, float | list[float]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    counters: Mapping[str, int] = field(default_factory=dict)
     processor: str = ""
     """What the driver's loops were compiled for."""
     already_done: bool = False

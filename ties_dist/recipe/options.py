@@ -5,9 +5,9 @@ Presets name the code they reproduce and fill what the recipe leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from reprlib import repr as short
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Literal, TypedDict, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -48,6 +48,27 @@ class Options(BaseModel):
     def chosen(self) -> set[str]:
         """Names of those that are not what they are by default."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The block as keywords, of a function that takes `semantics` and `elect_from` by themselves. No type checker can
+    make them of `Options`: a test holds them equal."""
+
+    trim_scope: Literal["model", "tensor"]
+    tie_policy: Literal["keep_all", "exact_k"]
+    density_of: Literal["auto", "all", "moved"]
+    elect: Literal["mass", "count", "none"]
+    zero_sign: Literal["majority", "positive", "drop"]
+    weight_before_elect: bool
+    aggregate: Literal["mean", "sum", "max", "average"]
+    exclude: Sequence[str]
+    vocab: Literal["auto", "base", "error"]
+    allow: Sequence[str]
+    non_float: Literal["error", "base"]
+    output: Literal["model", "adapter"]
+    gram: Literal["mean", "sum"]
+    companions: Sequence[str]
+    tie_word_embeddings: Literal["as stored", False]
 
 
 COMMON_OPTIONS = frozenset(

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import pytest
 import yaml
 from huggingface_hub.utils import filter_repo_objects
 
 from ties_dist.errors import RecipeError
+from ties_dist.recipe.options import OptionKeywords
 from ties_dist.recipe.recipe import MethodSpec, Options, Parameter, Recipe, Setting, layer_depths, load_recipe
 
 
@@ -1176,3 +1177,15 @@ def test_importing_the_recipe_loads_nothing_heavy() -> None:
 
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def test_keywords_of_merge_state_dicts_are_the_options_of_the_block() -> None:
+    fields = {name: field.annotation for name, field in Options.model_fields.items()}
+    apart = {"semantics", "elect_from"}  # keywords of their own
+    hints = get_type_hints(OptionKeywords)
+    assert hints.keys() == fields.keys() - apart
+    assert {name for name in hints if hints[name] != fields[name]} == {
+        "exclude",
+        "allow",
+        "companions",
+    }  # of which a list will do
