@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ties_dist.statistics.collected import ExpertStatistics
     from ties_dist.sweeping.sweeping import sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "Analysis": "analysis.figures",

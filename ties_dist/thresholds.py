@@ -1,4 +1,4 @@
-"""From integer histograms to exact thresholds (design.md, "The exact whole-model threshold").
+"""From integer histograms to exact thresholds.
 
 A histogram is mergeable by addition, in any order and on any number of workers; nothing here reads a tensor.
 """

@@ -47,7 +47,7 @@ def _console() -> Console:
 
 
 def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> None:
-    """Leads with density asked against share kept: ties make them differ (semantics.md)."""
+    """Leads with density asked against share kept: ties make them differ."""
     console = _console()
     if report.already_done:
         console.print(f"already done: {out} holds this merge (digest {report.output_digest})", soft_wrap=True)

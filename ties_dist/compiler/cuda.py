@@ -2,7 +2,7 @@
 
 The driver is called directly (cuda-bindings, NVIDIA's own; nothing of torch): PTX is compiled for whatever GPU is there
 by its driver. All slices of a unit go over in one copy from a reused pinned buffer (a copy straight from a file's map
-would stop at every page fault; facts.md), and come back in another. A unit has a slot of its own: a stream and its
+would stop at every page fault), and come back in another. A unit has a slot of its own: a stream and its
 buffers. With several slots on each GPU the copies of one unit run beside the kernels of the next.
 """
 

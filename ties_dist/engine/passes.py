@@ -330,7 +330,7 @@ class Passes:
             self._redo(wrong, majority=sign, reason=reason, level=logging.DEBUG)  # the usual way, nothing went wrong
 
     def prove(self) -> None:
-        """Raises ProofError unless the entries counted above and at each threshold prove it (design.md, promise 2).
+        """Raises ProofError unless the entries counted above and at each threshold prove it.
 
         Wrong ones from a sample, or from a stale cache entry (taken now, or by the run that this one resumes), are
         found by a scan, and what they changed is redone.

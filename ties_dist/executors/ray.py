@@ -1,7 +1,7 @@
 """The fleet of a Ray cluster: actors that hold a merge's inputs open, placed by Ray. Nothing else imports ray.
 
 Ray gives processes, placement and messages; retries are the driver's (`fleet`), since Ray's own burn on transient
-errors (facts.md). No tensor travels: orders name units, answers are counts, and the object store stays small.
+errors. No tensor travels: orders name units, answers are counts, and the object store stays small.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TIES-Merging: trim, elect sign, disjoint merge (Yadav et al., NeurIPS 2023, Algorithm 1; semantics.md).
+"""TIES-Merging: trim, elect sign, disjoint merge (Yadav et al., NeurIPS 2023, Algorithm 1).
 
 One class covers the paper and the two public variants: they differ in options, not in code.
 """

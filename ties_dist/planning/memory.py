@@ -17,7 +17,7 @@ from ties_dist.values.inputs import Input
 from ties_dist.values.items import UNITS_AROUND
 
 DEFAULT_UNIT_BYTES = 8 << 20
-"""Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M (facts.md)."""
+"""Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M."""
 PROCESS_BYTES = 480 << 20
 """Resident set of a worker before any unit: Python, torch, numba and their libraries."""
 GPU_BYTES = 512 << 20

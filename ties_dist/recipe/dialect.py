@@ -375,7 +375,7 @@ def _why_required(draft: Draft, spec: MethodSpec, parameter: Parameter) -> str:
 
 
 def _check_trim(draft: Draft) -> None:
-    """Rules of semantics.md that tie a parameter to an option."""
+    """Rules that tie a parameter to an option."""
     semantics = draft.options.semantics
     for settings in draft.expert_parameters:
         density, weight = settings.get("density"), settings.get("weight")

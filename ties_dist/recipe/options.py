@@ -1,4 +1,4 @@
-"""The `ties_dist:` block: where the public TIES codes disagree, each difference is an option (semantics.md).
+"""The `ties_dist:` block: where the public TIES codes disagree, each difference is an option.
 
 Presets name the code they reproduce and fill what the recipe leaves open.
 """

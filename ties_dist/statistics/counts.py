@@ -3,7 +3,7 @@
 One Zarr group per (base, expert, counted tensors), few large chunks: the coarse histogram, and every fine bucket ever
 counted, and a digest of both, since a lost chunk reads as zeros. Keyed by input identities that cost no read of the
 data, so an entry may be stale: it is checked for inner agreement here, and every merge proves the thresholds it takes
-from it by counting (design.md, promise 2).
+from it by counting.
 """
 
 from __future__ import annotations

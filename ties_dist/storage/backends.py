@@ -2,7 +2,7 @@
 
 A map is fastest for what lies in the page cache; for what does not, direct I/O read 2.3 GB/s where a map read 1.4, at a
 tenth of its CPU time (ext4, two cores, 8 MiB at a time). Page faults over a network are every loader's most frequent
-complaint (facts.md), hence `pread` there.
+complaint, hence `pread` there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the engine asks of a place where files live: ranged reads, ranged writes, publish.
 
-Kept to what object stores can do too (design.md, seams). A store knows names, bytes and ranges; tensors are
+Kept to what object stores can do too. A store knows names, bytes and ranges; tensors are
 `checkpoint`'s matter. Names are relative to the store's root.
 """
 

@@ -30,7 +30,7 @@ class LocalWriter:
     """Ranges of pre-laid-out files in one folder; `final` is where a file is once publishing has renamed it.
 
     Large files are written past the page cache where the file system can: buffered writing of 2.2 GB took 6 to 13
-    CPU-seconds on ext4, direct under 0.5 (facts.md), and inputs keep their pages.
+    CPU-seconds on ext4, direct under 0.5, and inputs keep their pages.
     fence: called before each range is written; raises where another run has taken over, whose bytes must stay.
     """
 
@@ -47,7 +47,7 @@ class LocalWriter:
         try:
             if not _is_ours(path, size):
                 with os.fdopen(open_anew(path), "wb") as file:
-                    file.truncate(size)  # sparse: posix_fallocate slows buffered writes (facts.md)
+                    file.truncate(size)  # sparse: posix_fallocate slows buffered writes
                 sync_folder(self.root)
         except OSError as error:
             raise output_error(error, path) from error

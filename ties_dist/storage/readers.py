@@ -31,7 +31,7 @@ READ_WINDOW = 64 << 10
 """What is asked of the disk around a small slice."""
 SMALL_READ = 64 << 10
 READ_PIECE = 1 << 20
-"""pread from the page cache is fastest in pieces that fit the second-level cache (facts.md: 6.3 against 3.5 GB/s)."""
+"""pread from the page cache is fastest in pieces that fit the second-level cache (6.3 against 3.5 GB/s)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Base against experts: the mergeable set, and every way in which they do not fit, as semantics.md has it."""
+"""Base against experts: the mergeable set, and every way in which they do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output files: headers other people's readers accept, offsets and cuts as design.md has them."""
+"""Output files: headers other people's readers accept, offsets and cuts."""
 
 from __future__ import annotations
 
