@@ -116,4 +116,4 @@ class Slice:
 
 def flat(state: Mapping[str, np.ndarray]) -> np.ndarray:
     """All numbers of a state behind each other, float32, as a compiled loop takes them."""
-    return np.concatenate([np.reshape(value, -1) for value in state.values()] or [np.zeros(0)]).astype(np.float32)
+    return np.concatenate([value.ravel() for value in state.values()] or [np.zeros(0)], dtype=np.float32)

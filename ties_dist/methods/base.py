@@ -117,8 +117,8 @@ class Method:
         """Names of what `merge` counts, in its order; what a trim keeps is counted by the engine.
 
         The report has their sums over the model. Some names are looked for, all may be missing: `conflicts` becomes a
-        share of the elements there, `sign_sum` and `cancellations`
-        settle a majority sign (`MajoritySign`), `plain_mean` is said of a Fisher merge.
+        share of the elements there, `sign_sum` and `cancellations` settle a majority sign (`MajoritySign`), and
+        `plain_mean` is said of a Fisher merge.
         """
         return ()
 
