@@ -504,7 +504,7 @@ def merging(expression: str) -> str:
         ('parameters = ("lambda",)', "parameters: 'lambda' is not Parameter"),
         ("name = 7", "name: 7 is not text"),
         ("def from_options(cls, options, parameters):\n    return cls()", "from_options lacks @classmethod"),
-        ("@classmethod\ndef from_options(cls, o, p):\n    return None", "its `from_options` gives no method: None"),
+        ("@classmethod\ndef from_options(cls, o, p):\n    pass", "its `from_options` gives no method: None"),
         ("@classmethod\ndef from_options(cls, o, p):\n    return 1 / 0", f"fails in `from_options`: {DIVIDED}"),
         ("def asks_majority(self):\n    return True", "its `asks_majority` lacks @property (line)."),
         ("def needs(self):\n    return Needs()", "its `needs` lacks @property (line)."),
@@ -541,6 +541,10 @@ def merging(expression: str) -> str:
         ),
         # what is returned
         (merging("base + operands[0]"), "its `merge` returns float32 of shape (7,), not the merged weights and a list"),
+        (
+            merging("(base, torch.stack([(base > 0).sum()]))"),
+            "its `merge` returns (float32 of shape (7,), int64 of shape (1,)), not the merged weights and a list",
+        ),
         (merging("None"), "its `merge` returns NoneType, not the merged weights and a list of counters"),
         (merging("(base.double() * 1e60, [])"), "its `merge` returns float64 of shape (7,) as merged weights"),
         (merging("((base + operands[0]).long(), [])"), "its `merge` returns int64 of shape (7,) as merged weights"),
@@ -587,6 +591,10 @@ def test_a_mistake_of_a_methods_author_is_one_line_with_its_place(lines: str, wo
         (
             'trim = property(lambda self: TrimRule(scope="model", tie_policy="keep_all", at_least=0.5))',
             "fails in `trim`: ValueError: TrimRule: at_least: 0.5 is not a whole number (line).",
+        ),
+        (
+            'trim = property(lambda self: TrimRule(scope="model", tie_policy="keep_all", of_moved=(True,)))',
+            "its `trim` has 1 `of_moved` for 2 experts (line).",
         ),
         (
             'needs = property(lambda self: Needs((Stage(of="magnitudes", asks=(RULE,)),) * 2 + (Stage(of="merge"),)))',

@@ -103,7 +103,7 @@ def _miscounted(method: Method, declared: Sequence[str], returned: int) -> str:
     listed = f" ({', '.join(declared)})" if declared else ""
     return (
         f"merge_method `{method.name}` declares {len(declared)} counters{listed}, its `merge` returns {returned}. Name "
-        "every one in `counters`, in the order in which `merge` returns them."
+        f"every one in `counters`, in the order in which `merge` returns them{defined(type(method), 'merge')}."
     )
 
 
@@ -115,7 +115,7 @@ def _like(value: object) -> str:
     """What it is, for a message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    return type(value).__name__
+    return f"({', '.join(map(_like, value))})" if isinstance(value, tuple) else type(value).__name__
 
 
 def count_beyond(values: Tensor, limit: float) -> Tensor:

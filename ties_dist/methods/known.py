@@ -53,7 +53,7 @@ class External(dict[str, type[Method]]):
         if lacks:
             raise RecipeError(f"merge_method {name} lacks {', '.join(lacks)}; docs/recipe.md has an example.")
         for wrong in misdeclared(method, Method):
-            raise RecipeError(f"merge_method {name}: {wrong}.")
+            raise RecipeError(f"merge_method {name}: {wrong}")
         if not isinstance(inspect.getattr_static(method, "from_options"), classmethod):
             raise RecipeError(f"merge_method {name}: from_options lacks @classmethod.")
         return method

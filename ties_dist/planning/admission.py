@@ -50,8 +50,11 @@ def method_of(recipe: Recipe) -> Method:
             raise _refused(spec, part, "lacks @property" if callable(said) else f"is wrong: {wrong}")
     if method.needs.statistics != spec.statistics:
         raise _refused(spec, "needs", f"asks for {method.needs.statistics}, `statistics` is {spec.statistics}")
+    rule, count = method.needs.trim, len(recipe.experts)
+    if rule is not None and len(rule.of_moved) not in (0, count):
+        raise _refused(spec, "trim", f"has {len(rule.of_moved)} `of_moved` for {count} experts")
     with asking(spec, "counters"):
-        own = method.counters(len(recipe.experts))
+        own = method.counters(count)
     if wrong := unfit(own, tuple[str, ...]):
         raise _refused(spec, "counters", f"gives no names: {wrong}")
     return method
