@@ -3,8 +3,9 @@
 #   make test    runs the tests
 PYTHON ?= python3
 BIN := .venv/bin
-# Two workers, a file of tests at a time, in the order that tests/turns.py gives; what measures runs alone.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers (of two cores' time a third is waiting for processes), a file of tests at a time, in the order that
+# tests/turns.py gives; what measures runs alone.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # torch's OpenMP threads spin while they wait; on a busy machine that makes a fine-tuning step 5 to 8 times slower.

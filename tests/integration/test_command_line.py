@@ -212,7 +212,7 @@ def test_names_with_brackets_are_printed_as_they_are(merge_job: Checkpoints, tmp
 def test_a_signal_stops_the_merge_and_the_same_command_resumes(
     number: signal.Signals, merge_job: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Run
 ) -> None:
-    shapes = {"a.weight": (2048, 640), "b.weight": (2048, 640)}  # 10 MiB: more units than are under way at once
+    shapes = {"a.weight": (2048, 1280), "b.weight": (2048, 1280)}  # 20 MiB: more units than are under way at once
     recipe, out = merge_job(random_models(shapes, experts=2)), tmp_path / "out"
     expected = cli("merge", recipe, tmp_path / "undisturbed", "--json").document["output_digest"]
     write = LocalWriter.write
