@@ -32,7 +32,7 @@ class Settings(BaseModel):
     # What runs it
     name: Name = "ties-dist-merge"
     namespace: Name = "merges"
-    image: str = "registry.example.com/ties-dist:0.1.0"
+    image: str = "registry.example.com/ties-dist:0.2.0"
     """`-cuda` is appended where GPUs are used."""
     ray_version: str = "2.60.0"
     uid: Annotated[int, Field(ge=1)] = 10001

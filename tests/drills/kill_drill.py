@@ -243,9 +243,10 @@ class Drill:
 
 
 def manifest(out: Path) -> Mapping[str, Any]:
-    """Without the counts beside thresholds: a prediction's are estimates."""
+    """Without what differs between runs: the counts beside predicted thresholds, and what a secret chose."""
     found: dict[str, Any] = json.loads((out / ".ties_dist" / "manifest.json").read_text())
     found["origin"]["thresholds"] = [[t[0][0], *t[1:]] for t in found["origin"]["thresholds"]]
+    del found["origin"]["sight"]
     return found
 
 
