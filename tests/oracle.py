@@ -11,6 +11,7 @@ NumPy has no bfloat16: such arrays hold their 16-bit patterns under the dtype `B
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -468,3 +469,55 @@ def linear(
         total = total + layout.flatten(model) * layout.spread(weight)
         denominator = denominator + layout.spread(weight)
     return _assemble(layout, total / denominator if normalize else total, models[0], out_dtype)
+
+
+# --- per tensor, by sums over it ---
+
+
+def slerp(
+    base: Model, other: Model, *, t: PerTensor, exclude: Sequence[str] = (), out_dtype: str | None = None
+) -> dict[str, Array]:
+    """sin((1-t)o)/sin(o) base + sin(to)/sin(o) other, o the angle between them; linear where they are collinear."""
+    layout = _layout([base, other], exclude)
+    merged = [np.zeros(0, np.float32)]
+    for name in layout.spans:
+        a, b = (widen(model[name]).reshape(-1) for model in (base, other))
+        one, share = np.float32(1), np.float32(t[name] if isinstance(t, Mapping) else t)
+        lengths = [length if (length := math.sqrt(_dot(x, x))) > 1e-8 else 1.0 for x in (a, b)]
+        cosine = min(1.0, max(-1.0, _dot(a, b) / (lengths[0] * lengths[1])))
+        if abs(cosine) > 0.9995:
+            merged.append(a * (one - share) + b * share)
+            continue
+        angle, way = math.acos(cosine), float(share)
+        factors = [np.float32(math.sin(part * angle) / math.sin(angle)) for part in (1 - way, way)]
+        merged.append(a * factors[0] + b * factors[1])
+    return _assemble(layout, np.concatenate(merged), base, out_dtype)
+
+
+def model_stock(
+    base: Model, experts: Sequence[Model], *, exclude: Sequence[str] = (), out_dtype: str | None = None
+) -> dict[str, Array]:
+    """t mean + (1-t) base, t = T cos / (1 + (T-1) cos), cos the mean over pairs of deltas."""
+    layout = _layout([base, *experts], exclude)
+    merged, count = [np.zeros(0, np.float32)], len(experts)
+    for name in layout.spans:
+        origin, *others = (widen(model[name]).reshape(-1) for model in (base, *experts))
+        deltas = [other - origin for other in others]
+        cosines = [
+            min(1.0, max(-1.0, _dot(x, y) / max(1e-6, math.sqrt(_dot(x, x)) * math.sqrt(_dot(y, y)))))
+            for i, x in enumerate(deltas)
+            for y in deltas[i + 1 :]
+        ]
+        cosine = math.fsum(cosines) / len(cosines)
+        below = 1 + (count - 1) * cosine
+        t = np.float32(0.0 if abs(below) < 1e-6 else count * cosine / below)
+        mean = np.zeros_like(origin)
+        for other in others:
+            mean = mean + other
+        merged.append(mean / np.float32(count) * t + origin * (np.float32(1) - t))
+    return _assemble(layout, np.concatenate(merged), base, out_dtype)
+
+
+def _dot(left: Array, right: Array) -> float:
+    """Rounded once: products of float32 are exact in float64, and fsum adds without an error."""
+    return math.fsum((left.astype(np.float64) * right.astype(np.float64)).tolist())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -44,6 +45,15 @@ CASES: dict[str, dict[str, object]] = {
     "exact_k": {"semantics": "paper", "tie_policy": "exact_k"},
 }
 
+T = 0.3
+"""Of `slerp`, from the base to the first expert."""
+
+
+def by_sums(base: oracle.Model, experts: Sequence[oracle.Model]) -> dict[str, dict[str, np.ndarray]]:
+    """What methods that take sums over each tensor make of the models."""
+    return {"slerp": oracle.slerp(base, experts[0], t=T), "model_stock": oracle.model_stock(base, experts)}
+
+
 if __name__ == "__main__":
     base, *experts = [model(i) for i in range(4)]
     print(
@@ -52,7 +62,8 @@ if __name__ == "__main__":
             | {
                 name: digest(oracle.ties(base, experts, density=0.3, weights=[0.5, 1.0, 0.25], **case).tensors)  # type: ignore[arg-type]
                 for name, case in CASES.items()
-            },
+            }
+            | {name: digest(merged) for name, merged in by_sums(base, experts).items()},
             indent=2,
         )
     )

@@ -380,7 +380,7 @@ def test_yaml_tags_are_refused_and_never_run(
         ({"parameters": {"densty": 0.2}}, ("parameters.densty: unknown key; did you mean 'density'?",)),
         ({"merge_methode": "ties"}, ("merge_methode: unknown key; did you mean 'merge_method'?",)),
         ({"merge_method": "tie"}, ("no method 'tie'; did you mean 'ties'?",)),
-        ({"merge_method": "slerp"}, ("slerp", "mergekit", "does not support yet")),
+        ({"merge_method": "della"}, ("della", "mergekit", "does not support yet")),
         ({"tokenizer_source": "union"}, ("tokenizer_source", "does not support yet")),
         ({"ties_dist": {"trim_scop": "model"}}, ("ties_dist.trim_scop: unknown key; did you mean 'trim_scope'?",)),
         ({"ties_dist": {"elect": "mas"}}, ("ties_dist.elect: no value 'mas'; did you mean 'mass'?",)),

@@ -40,7 +40,7 @@ from ties_dist.storage.local_place import LocalPlace
 from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.site import Site
 
-METHODS = {"plain": "task_arithmetic"}
+METHODS = {"plain": "task_arithmetic", "sums": "model_stock"}
 MOST_DRIVERS = 6
 """One after another, the last without faults."""
 
@@ -194,7 +194,7 @@ class World:
         models = random_models(shapes, experts=2, dtype=torch.bfloat16)
         models[1]["0.weight"] = 2 * models[0]["0.weight"] - models[2]["0.weight"]  # cancels exactly
         options: dict[str, dict[str, object]] = {"whole": {}, "cut": {"tie_policy": "exact_k"}}
-        options |= {"tensor": {"trim_scope": "tensor"}, "plain": {}}
+        options |= {"tensor": {"trim_scope": "tensor"}, "plain": {}, "sums": {}}
         for name, given in options.items():
             (folder / name).mkdir(parents=True)
             job = prepare(
@@ -236,7 +236,7 @@ class Schedule:
     def run(self) -> MergeReport:
         """Raises AssertionError where OUT is not what it must be; the message has what happened."""
         draw = self.draw = random.Random(self.seed)
-        name = self.name = draw.choice(["cut", "plain", "plain", "tensor", "whole"])
+        name = self.name = draw.choice(["cut", "plain", "plain", "sums", "tensor", "whole"])
         job, expected = self.world.jobs[name]
         out = self.world.folder / f"out-{self.seed}"
         self.clock, self.late = Clock(), list[Callable[[], None]]()

@@ -39,7 +39,7 @@ warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not
 Fused = Callable[[Sequence[Tensor], dict[str, Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
-def fuse(method: Method, experts: int, out: DType) -> Fused:
+def fuse(method: Method, experts: int, out: DType, factor: int | None = None) -> Fused:
     """The arithmetic of a slice as a function of operands, state and position.
 
     operands: (n,) each, as stored: the base (where the method takes deltas), `experts` experts, extras. state: of
@@ -47,21 +47,25 @@ def fuse(method: Method, experts: int, out: DType) -> Fused:
     `Counters` lays them out: non-finite entries of each operand and of the result, entries above and at each threshold
     (and zeros, where a rank follows from those), then the method's own. Raises RecipeError where what the method
     returns is not what it is to return.
+    factor: instead of what the method merges, that one of its `factors`, and no counters of its own.
     """
-    trim, declared = method.needs.trim, method.counters(experts)
+    trim, declared = method.needs.trim, method.counters(experts) if factor is None else ()
 
     def merge_slice(operands: Sequence[Tensor], state: dict[str, Tensor], position: Tensor) -> tuple[Tensor, Tensor]:
         values = [x.to(torch.float32) for x in operands]
         bad = [count_beyond(x, torch.inf) for x in values]
-        base, first = values[0], 0
+        base, first = values[0], int(method.operand != "weight")
         if method.operand == "delta":
-            first = 1
             values = [base, *(x - base for x in values[1:])]
         split = first + experts
         numbers = dict(state)
         proofs = count_trims(values[first:split], numbers.pop(THRESHOLDS), zeros=trim.counts_zeros) if trim else []
-        returned: object = method.merge(base, values[first:split], values[split:], numbers, position)
-        merged, counts = _returned(returned, base, method, declared)
+        given = base, values[first:split], values[split:], numbers, position
+        if factor is None:
+            returned: object = method.merge(*given)
+            merged, counts = _returned(returned, base, method, declared)
+        else:
+            merged, counts = _factor(method.factors(*given), factor, base, method), []
         counters = torch.stack([*bad, count_beyond(merged, OVERFLOWS_FROM[out]), *proofs, *counts])
         return merged.to(torch_dtype(out)), counters  # the one cast: round-to-nearest-even
 
@@ -97,6 +101,17 @@ def _returned(
     else:
         return merged, counts
     raise RecipeError(f"merge_method `{method.name}`: its `merge` returns {wrong}{defined(type(method), 'merge')}.")
+
+
+def _factor(returned: object, factor: int, base: Tensor, method: Method) -> Tensor:
+    """One of what a method's `factors` gave. Raises RecipeError where it is something else than that is to give."""
+    if not isinstance(returned, (list, tuple)) or len(returned) <= factor:
+        wrong = f"{_like(returned)}, not a list of at least {factor + 1} factors, as `products` names them"
+    elif not isinstance(found := returned[factor], Tensor) or found.dtype != torch.float32 or found.shape != base.shape:
+        wrong = f"{_like(found)} as a factor, not one float32 for every element of `base`"
+    else:
+        return found
+    raise RecipeError(f"merge_method `{method.name}`: its `factors` returns {wrong}{defined(type(method), 'factors')}.")
 
 
 def _miscounted(method: Method, declared: Sequence[str], returned: int) -> str:

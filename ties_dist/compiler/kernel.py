@@ -50,8 +50,8 @@ def _own_code() -> str:
 class MergeKernel:
     """Merges the slices of one merge, from any thread.
 
-    wanted: 'auto' compiles; 'eager' never does. gpus: where slices are merged, instead of on the processor. `kind` is
-    what runs: 'compiled', 'eager' or 'cuda'.
+    wanted: 'auto' compiles; 'eager' never does. gpus: where slices are merged, instead of on the processor. factor:
+    what it computes instead of a merge, see `fuse`. `kind` is what runs: 'compiled', 'eager' or 'cuda'.
     """
 
     method: Method
@@ -59,6 +59,7 @@ class MergeKernel:
     wanted: KernelKind = "auto"
     store: KernelStore = field(default_factory=KernelStore)
     gpus: Gpus | None = None
+    factor: int | None = None
     _known: dict[Kind, NativeKernel | None] = field(default_factory=dict)
     _on_gpus: dict[Kind, tuple[str, int]] = field(default_factory=dict)
     _fused: dict[DType, Fused] = field(default_factory=dict)
@@ -147,14 +148,15 @@ class MergeKernel:
         return ptx, len(loop.counters)
 
     def _key(self, types: Sequence[DType], out_type: DType, state: Mapping[str, np.ndarray], *more: str) -> str:
-        facts = (_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state), *more)
+        what = () if self.factor is None else ("factor", self.factor)
+        facts = (_own_code(), repr(self.method), self.experts, tuple(types), out_type, shapes(state), *what, *more)
         return self.store.key(*facts)
 
     def _function(self, out_type: DType) -> Fused:
         if out_type not in self._fused:
             from ties_dist.compiler.fuse import fuse
 
-            self._fused[out_type] = fuse(self.method, self.experts, out_type)
+            self._fused[out_type] = fuse(self.method, self.experts, out_type, self.factor)
         return self._fused[out_type]
 
 
@@ -179,13 +181,18 @@ def loop_of(method: Method, function: Fused, types: Sequence[DType], state: Mapp
         ) from error
 
 
-def eager_reason(method: Method, operands: int, experts: int, state: Mapping[str, np.ndarray]) -> str | None:
-    """Why a method will run eagerly; None where there is a loop for it. Raises RecipeError as `loop_of`."""
+def eager_reason(
+    method: Method, operands: int, experts: int, state: Mapping[str, np.ndarray], factor: int | None = None
+) -> str | None:
+    """Why a method will run eagerly; None where there is a loop for it. Raises RecipeError as `loop_of`.
+
+    factor: as of `fuse`.
+    """
     from ties_dist.compiler.fuse import fuse
     from ties_dist.compiler.trace import UntraceableError
 
     try:
-        loop_of(method, fuse(method, experts, "float32"), ["float32"] * operands, state)
+        loop_of(method, fuse(method, experts, "float32", factor), ["float32"] * operands, state)
     except UntraceableError as error:
         return str(error)
     return None

@@ -118,7 +118,8 @@ def _passes(chosen: MergePlan) -> tuple[int, int]:
     """
     rule = chosen.needs.trim
     if rule is None:
-        return 1, 1
+        reads = 2 if chosen.by_tensor else 1  # the second from the page cache, where it has room
+        return reads, reads
     extra = (rule.tie_policy == "exact_k" or chosen.is_16_bit) + (chosen.needs.majority is not None)
     if rule.scope == "tensor":
         return 3, 3 + extra  # all but the first from the page cache, where it has room
@@ -165,7 +166,7 @@ def _sample(job: Job) -> Sample:
     thresholds: list[float | None] = []
     kept: list[float | None] = []
     zeros: list[float] = []
-    experts = range(len(chosen.experts)) if chosen.method.operand == "delta" else []
+    experts = range(len(chosen.experts)) if chosen.method.operand != "weight" else []
     magnitudes, weights = worker.sample(*sample_slices(chosen), experts)
     for i, sampled in magnitudes.items():
         zeros.append(zero_share(sampled, weights))
@@ -202,5 +203,5 @@ def _predict_seconds(chosen: MergePlan, worker: Worker) -> float:
                 np.frombuffer(operand.content, dtype=np.uint8).max()
             operand.release()
     rate = (worker.requested_bytes - read) / max(time.monotonic() - began, 1e-6)
-    likely = 1 if chosen.needs.trim is None else 2
+    likely = 1 if chosen.needs.trim is None and not chosen.by_tensor else 2
     return (likely * chosen.input_bytes + chosen.layout.total_bytes) / rate

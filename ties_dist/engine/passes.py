@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ties_dist.engine.scan import NOTHING_PUBLISHED, Scan
+from ties_dist.engine.sums import Summation
 from ties_dist.engine.totals import Totals
 from ties_dist.errors import NumericError, ProofError
 from ties_dist.executors.base import Executor
 from ties_dist.messages import listing
+from ties_dist.methods.base import Scalars
 from ties_dist.output.journal import Record
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.sample import sample_slices
@@ -23,6 +25,7 @@ from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import Cuts, ModelCut, Threshold
 from ties_dist.values.items import MergeResult, MergeTask, WorkItem
+from ties_dist.values.stretches import Stretch, Vector
 from ties_dist.worker.merging import MergeStep, Worker
 from ties_dist.worker.operations import SolveMatrix, StillThere
 
@@ -43,6 +46,8 @@ class Keeper(Protocol):
 
     def cuts(self, cuts: Mapping[str, Cuts]) -> None: ...
 
+    def sums(self, taken: Mapping[Stretch, Sequence[Vector]]) -> None: ...
+
     def merged(self, results: Sequence[MergeResult]) -> None: ...
 
 
@@ -53,12 +58,15 @@ class Forgetful:
 
     def cuts(self, cuts: Mapping[str, Cuts]) -> None: ...
 
+    def sums(self, taken: Mapping[Stretch, Sequence[Vector]]) -> None: ...
+
     def merged(self, results: Sequence[MergeResult]) -> None: ...
 
 
 @dataclass
 class Passes:
-    """One merge in progress. results: the units whose bytes are written, by range; cuts: thresholds by tensor."""
+    """One merge in progress. results: the units whose bytes are written, by range; cuts: thresholds by tensor; scalars:
+    what follows from the sums of a tensor."""
 
     plan: MergePlan
     step: MergeStep
@@ -79,6 +87,7 @@ class Passes:
     results: dict[WorkItem, MergeResult] = field(default_factory=dict)
     model_cuts: tuple[ModelCut, ...] = ()
     cuts: dict[str, Cuts] = field(default_factory=dict)
+    scalars: dict[str, Scalars] = field(default_factory=dict)
     thresholds_from: str | None = None
     resumed: int = 0
     redone: int = 0
@@ -120,6 +129,7 @@ class Passes:
         """
         self.warm_up()
         self.cuts |= self.found.cuts
+        self.scalars |= self._summation().whole()
         self.find_thresholds(self.found.thresholds)
         self.take_over()
         self.merge_missing()
@@ -178,12 +188,18 @@ class Passes:
         self.cuts = {t.source: tuple(c.of(t.source, t.numel) for c in cuts) for t in self.plan.counted}
 
     def task(self, unit: WorkItem, majority: int = 1) -> MergeTask:
-        tensors = self.plan.tensors_of(unit) if self.plan.needs.trim else ()
-        return MergeTask(item=unit, cuts={t: self.cuts[t] for t in tensors}, majority=majority)
+        trim, sums = self.plan.needs.trim, self.plan.needs.sums
+        tensors = self.plan.tensors_of(unit) if trim or sums else ()
+        return MergeTask(
+            item=unit,
+            cuts={t: self.cuts[t] for t in tensors} if trim else {},
+            majority=majority,
+            scalars={t: self.scalars[t] for t in tensors} if sums else {},
+        )
 
     def is_current(self, result: MergeResult) -> bool:
-        """Whether a result was computed with today's thresholds."""
-        if self._per_tensor and not self.plan.tensors_of(result.item) <= self.cuts.keys():
+        """Whether a result was computed with today's thresholds and sums."""
+        if self.plan.by_tensor and self._unfound([result.item]):
             return False
         return self.task(result.item).state_digest == result.state_digest
 
@@ -265,18 +281,18 @@ class Passes:
         return self.worker.sample_signs(slices, weights, self.cuts)
 
     def _groups(self, units: Sequence[WorkItem]) -> Iterator[Sequence[WorkItem]]:
-        """All units at once; or, where tensors have thresholds of their own, budget-sized groups behind a selection.
+        """All units at once; or, where tensors have thresholds or sums of their own, budget-sized groups behind those.
 
         The second read of a group then comes from the page cache, not from the disk.
         """
-        if not self._per_tensor:
+        if not self.plan.by_tensor:
             yield units
             return
         group: list[WorkItem] = []
         tensors: set[str] = set()
         for i, unit in enumerate(units):
             group.append(unit)
-            tensors |= self.plan.tensors_of(unit) - self.cuts.keys()
+            tensors |= self._unfound([unit])
             group_bytes = sum(self.plan.sizes[t] for t in tensors) * 4 * len(self.plan.operands)
             if group_bytes >= self.plan.memory_budget // 2 or i == len(units) - 1:
                 self.select_for(group)
@@ -284,12 +300,23 @@ class Passes:
                 group, tensors = [], set()
 
     def select_for(self, units: Iterable[WorkItem]) -> None:
-        """Find the thresholds of the tensors these units touch, where each tensor has its own."""
+        """Find the thresholds and sums of the tensors these units touch, where each tensor has its own."""
+        touched = sorted(self._unfound(units)) if self.plan.by_tensor else []
         if self._per_tensor:
-            touched = {t for unit in units for t in self.plan.tensors_of(unit)} - self.cuts.keys()
-            found = self._scanner().per_tensor(sorted(touched))
+            found = self._scanner().per_tensor(touched)
             self.cuts |= found
             self.keeper.cuts(found)
+        if self.plan.needs.sums is not None:
+            with self._timed("sum"):
+                self.scalars |= self._summation().of(touched)
+
+    def _unfound(self, units: Iterable[WorkItem]) -> set[str]:
+        """Of the tensors that these units touch those of which something is still to be found."""
+        found = self.cuts if self._per_tensor else self.scalars
+        return {t for unit in units for t in self.plan.tensors_of(unit)} - found.keys()
+
+    def _summation(self) -> Summation:
+        return Summation(self.plan, self.step, self.executor, self.found.sums, self.keeper.sums, COMMIT_SECONDS)
 
     def _merge(self, units: Iterable[WorkItem], majority: int | None = None) -> None:
         pending: list[MergeResult] = []

@@ -41,6 +41,7 @@ from ties_dist.storage.snapshot import Snapshot
 from ties_dist.thresholds import Cuts, ModelCut
 from ties_dist.values.items import MergeResult, blocks_by_file, output_files
 from ties_dist.values.machine import peak_rss_bytes
+from ties_dist.values.stretches import Stretch, Vector
 from ties_dist.worker.merging import MergeStep
 from ties_dist.worker.operations import StillThere
 from ties_dist.worker.site import Site
@@ -66,6 +67,11 @@ class DurableKeeper:
     def cuts(self, cuts: Mapping[str, Cuts]) -> None:
         for tensor, found in cuts.items():
             self.journal.cuts(tensor, found)
+        self.journal.commit()
+
+    def sums(self, taken: Mapping[Stretch, Sequence[Vector]]) -> None:
+        for stretch, vectors in taken.items():
+            self.journal.sums(stretch, vectors)
         self.journal.commit()
 
     def merged(self, results: Sequence[MergeResult]) -> None:

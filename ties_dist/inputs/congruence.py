@@ -102,7 +102,7 @@ def compare(
     """The mergeable set of base and experts, whose parameters have their canonical names, by `aliases`.
 
     exclude: fnmatch globs over whole tensor names; what they match is copied from the base, and ignored in experts.
-    non_float: "base" skips the check of non-float tensors. operand: "delta" or "weight"; in the latter `base` is the
+    non_float: "base" skips the check of non-float tensors. operand: of the method; for "weight" `base` is the
     first model and may stand among the experts too. explain: asked where something does not fit.
     Raises CheckpointError with everything that does not fit.
     """
@@ -136,14 +136,14 @@ class _Comparison:
         self, base: Checkpoint, experts: Sequence[Checkpoint], aliases: Aliases, *, non_float: str, operand: str
     ) -> None:
         self.base, self.aliases = base, aliases
-        self.base_word = "base" if operand == "delta" else f"first model '{base.name}'"
-        kind = "expert" if operand == "delta" else "model"
+        self.base_word = "base" if operand != "weight" else f"first model '{base.name}'"
+        kind = "expert" if operand != "weight" else "model"
         # (position, how messages call it, catalogue); a first model listed again among the models is itself.
         self.experts = [
             (i, f"{kind} '{expert.name}'", expert) for i, expert in enumerate(experts, start=1) if expert is not base
         ]
         self.models = [(0, self.base_word, base), *self.experts]
-        self.delta = operand == "delta"
+        self.delta = operand != "weight"
         self.check_non_float = non_float != "base"
         self.names = set(aliases.canonical).union(*(model.parameters for _, _, model in self.models))
         self.excluded: set[str] = set()

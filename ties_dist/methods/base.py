@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from ties_dist.methods.needs import Ask, DataStatistics, MajoritySign, Needs, Stage, TrimRule
+from ties_dist.methods.needs import Ask, DataStatistics, MajoritySign, Needs, Product, Stage, Sums, TrimRule, gram
 from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 State = dict[str, np.ndarray]
 """The numbers one slice is merged with, by name: float32, 0-d or (experts,). `merge` gets its own as tensors."""
+Scalars = tuple[tuple[str, float | tuple[float, ...]], ...]
+"""Numbers of a state as they travel: rounded to float32, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,17 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What is known of one slice when it is merged. cuts: per expert, where the method trims; majority: +1 or -1."""
+    """What is known of one slice when it is merged. cuts: per expert, where the method trims; majority: +1 or -1.
+
+    scalars: of its tensor, where the method asks for sums; empty while these are taken.
+    """
 
     cuts: Sequence[Cut] = ()
     majority: int = 1
+    scalars: Scalars = ()
 
 
+Operand = Literal["delta", "weight", "both"]
 THRESHOLDS = "thresholds of the engine"
 """Among the numbers of a slice: (experts,), what entries are counted above and at. No method's own name."""
 
@@ -52,14 +59,19 @@ THRESHOLDS = "thresholds of the engine"
 class Method:
     """Base class of every merge method; a frozen value, so that it can key a compiled kernel.
 
-    operand: what `merge` gets of each expert: its delta to the base, or its weights as they are. statistics: what it
-    has to know of each expert besides: 'fisher' diagonals come to `merge` as extras, 'gram' matrices to `solve`.
+    operand: what `merge` gets of each expert: its delta to the base; its weights as they are, without a base; or both,
+    the base's weights and its own. fewest, most: experts that it takes. statistics: what it has to know of each expert
+    besides: 'fisher' diagonals come to `merge` as extras, 'gram' matrices to `solve`. sums: what it needs to know of
+    each tensor; `factors`, `products` and `scalars` say what that is.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    operand: ClassVar[Literal["delta", "weight"]]
+    operand: ClassVar[Operand]
+    fewest: ClassVar[int] = 1
+    most: ClassVar[int | None] = None
     statistics: ClassVar[Literal["fisher", "gram"] | None] = None
+    sums: ClassVar[Sums | None] = None
     parameters: ClassVar[tuple[Parameter, ...]]
     options: ClassVar[frozenset[str]] = frozenset()
 
@@ -80,11 +92,12 @@ class Method:
 
     @property
     def needs(self) -> Needs:
-        """What the engine finds before and during `merge`: here as stages what the three above say in short."""
+        """What the engine finds before and during `merge`: here as stages what those above say in short."""
         trim = (Stage(of="magnitudes", asks=(self.trim,)),) if self.trim is not None else ()
+        sums = (Stage(of="factors", asks=(self.sums,)),) if self.sums is not None else ()
         asks: list[Ask] = [MajoritySign()] if self.asks_majority else []
         asks += [DataStatistics(kind=self.statistics)] if self.statistics is not None else []
-        return Needs((*trim, Stage(of="merge", asks=tuple(asks))))
+        return Needs((*trim, *sums, Stage(of="merge", asks=tuple(asks))))
 
     @property
     def is_random(self) -> bool:
@@ -111,7 +124,33 @@ class Method:
         numbers = {THRESHOLDS: float32([c.threshold for c in found.cuts])} if self.needs.trim is not None else {}
         for name, value in self.state(parameters, experts, found.cuts, found.majority).items():
             numbers[name] = float32(value)
-        return numbers
+        return numbers | {name: float32(value) for name, value in found.scalars}
+
+    def factors(
+        self,
+        base: Tensor,
+        operands: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        state: Mapping[str, Tensor],
+        position: Tensor,
+    ) -> list[Tensor]:
+        """What `Sums` are taken of, (n,) float32 each; by default the operands. Elementwise, and as `merge` besides,
+        but that `state` has no scalars yet."""
+        return list(operands)
+
+    def products(self, experts: int) -> tuple[Product, ...]:
+        """Which factors are multiplied and summed up; by default all with all. A plain sum has a factor of ones."""
+        return gram(experts)
+
+    def scalars(
+        self, parameters: Mapping[str, float], experts: Sequence[Mapping[str, float]], sums: Sequence[float]
+    ) -> Mapping[str, float | Sequence[float]]:
+        """What follows from the sums of a tensor, by name, for the state of `merge`: made once, by the driver.
+
+        So a cosine or a root may be taken here: no machine's own last bit comes between two units. sums: of the
+        products; NaN or Inf where a model has them, which the merge reports.
+        """
+        return {}
 
     def counters(self, experts: int) -> tuple[str, ...]:
         """Names of what `merge` counts, in its order; what a trim keeps is counted by the engine.

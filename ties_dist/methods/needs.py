@@ -7,6 +7,7 @@ gives `needs` itself. The last stage merges; a method that asks for nothing is t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -83,18 +84,40 @@ class DataStatistics(Declared):
     kind: Literal["fisher", "gram"]
 
 
-Ask = TrimRule | MajoritySign | DataStatistics
+@dataclass(frozen=True, kw_only=True)
+class Sums(Declared):
+    """Asks for sums over the elements of each tensor, equal to the last bit however the work was cut (kernels/sums.py).
+
+    What is summed are the method's `products` of its `factors`; the driver makes its `scalars` of the sums, once for
+    each tensor.
+    """
+
+    scope: Literal["tensor"] = "tensor"
+
+
+Product = tuple[int, int]
+"""The numbers of two factors."""
+
+
+def gram(factors: int) -> tuple[Product, ...]:
+    """The products of every factor with itself and those behind it: (0, 0), (0, 1), ..., (1, 1), ..."""
+    return tuple((i, j) for i in range(factors) for j in range(i, factors))
+
+
+Ask = TrimRule | MajoritySign | DataStatistics | Sums
 A = TypeVar("A", bound=Ask)
+_ASKED_OF: Mapping[type[Ask], str] = {TrimRule: "magnitudes", Sums: "factors"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Declared):
     """One elementwise function over all elements, and what is asked for it or of it.
 
-    of: `magnitudes`, each expert's |delta| by itself, which a trim ranks; `merge`, the method's own function.
+    of: `magnitudes`, each expert's |delta| by itself, which a trim ranks; `factors`, the method's function of that
+    name, of whose results products are summed; `merge`, its function that merges.
     """
 
-    of: Literal["magnitudes", "merge"]
+    of: Literal["magnitudes", "factors", "merge"]
     asks: tuple[Ask, ...] = ()
 
 
@@ -110,15 +133,21 @@ class Needs:
         if [stage.of for stage in self.stages].count("merge") != 1 or self.stages[-1].of != "merge":
             raise ValueError("the last stage of a method merges, and no other")
         for stage in self.stages:
-            if any(isinstance(ask, TrimRule) != (stage.of == "magnitudes") for ask in stage.asks):
-                raise ValueError("a TrimRule is asked of `magnitudes`, everything else of `merge`")
+            if any(_ASKED_OF.get(type(ask), "merge") != stage.of for ask in stage.asks):
+                raise ValueError("a TrimRule is asked of `magnitudes`, Sums of `factors`, everything else of `merge`")
         kinds = [type(ask) for stage in self.stages for ask in stage.asks]
         if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
             raise ValueError(f"two of {twice.__name__} are asked for; there can be one")
+        if self.trim is not None and self.sums is not None:
+            raise ValueError("sums of what a trim keeps are not taken yet")
 
     @property
     def trim(self) -> TrimRule | None:
         return self._asked(TrimRule)
+
+    @property
+    def sums(self) -> Sums | None:
+        return self._asked(Sums)
 
     @property
     def majority(self) -> MajoritySign | None:

@@ -23,6 +23,8 @@ class Parameter:
     minimum_exclusive: bool = False
     ignored: bool = False
     """Accepted for the dialect's sake, without effect, and said."""
+    only_default: bool = False
+    """Of a bool: the other value is mergekit's, and not supported yet."""
     note: str = ""
 
     @property

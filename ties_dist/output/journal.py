@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 
 from ties_dist.output.documents import FileName
@@ -24,6 +25,7 @@ from ties_dist.storage.digests import digest
 from ties_dist.storage.place import Place
 from ties_dist.thresholds import Cuts, ModelCut
 from ties_dist.values.items import MergeResult, Range, WorkItem
+from ties_dist.values.stretches import Stretch, Vector
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,11 @@ class Journal:
         """The exact thresholds of one tensor."""
         self._add("cuts", {"tensor": tensor, "cuts": [list(c) for c in cuts]})
 
+    def sums(self, stretch: Stretch, vectors: Sequence[Vector]) -> None:
+        """Of blocks, as the bits of float64."""
+        content = np.array(vectors, "<f8").tobytes().hex()
+        self._add("sums", {"tensor": stretch.tensor, "first": stretch.first, "stop": stretch.stop, "content": content})
+
     def thresholds(self, cuts: Sequence[ModelCut]) -> None:
         """The exact thresholds of the whole model."""
         self._add("thresholds", {"cuts": list(cuts)})
@@ -85,6 +92,10 @@ class Journal:
             self._pending.clear()
 
 
+KnownSums = dict[str, dict[int, Vector]]
+"""By tensor and block."""
+
+
 @dataclass
 class Record:
     """What all journals of a run say together. unreadable: merged ranges whose counts are of other counters."""
@@ -92,6 +103,7 @@ class Record:
     merged: list[MergeResult] = field(default_factory=list)
     unreadable: int = 0
     cuts: dict[str, Cuts] = field(default_factory=dict)
+    sums: KnownSums = field(default_factory=dict)
     thresholds: tuple[ModelCut, ...] | None = None
     publishing: bool = False
 
@@ -153,6 +165,8 @@ def _take(record: Record, fact: Fact, counters: Sequence[str] | None) -> None:
             record.merged.append(fact.result)
         case CutsFact():
             record.cuts[fact.tensor] = fact.cuts
+        case SumsFact():
+            record.sums.setdefault(fact.tensor, {}).update(fact.blocks)
         case ThresholdsFact():
             record.thresholds = fact.cuts
         case PublishingFact():
@@ -220,6 +234,27 @@ class CutsFact(Document):
     cuts: tuple[KnownTensorCut, ...]
 
 
+class SumsFact(Document):
+    """content: a row of float64 for each of the blocks, in hexadecimal."""
+
+    kind: Literal["sums"]
+    tensor: str
+    first: NonNegativeInt
+    stop: Annotated[int, Field(le=1 << 40)]
+    content: Annotated[str, Field(pattern=r"^([0-9a-f]{16})+$")]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.stop <= self.first or len(self.content) // 16 % (self.stop - self.first):
+            raise ValueError("as many numbers for each block are due")
+        return self
+
+    @property
+    def blocks(self) -> dict[int, Vector]:
+        rows = np.frombuffer(bytes.fromhex(self.content), "<f8").reshape(self.stop - self.first, -1)
+        return {block: tuple(row) for block, row in enumerate(rows.tolist(), self.first)}
+
+
 class ThresholdsFact(Document):
     kind: Literal["thresholds"]
     cuts: tuple[KnownCut, ...]
@@ -229,5 +264,5 @@ class PublishingFact(Document):
     kind: Literal["publishing"]
 
 
-Fact = MergedFact | CutsFact | ThresholdsFact | PublishingFact
+Fact = MergedFact | CutsFact | SumsFact | ThresholdsFact | PublishingFact
 _FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
@@ -23,6 +23,7 @@ from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.place import Check, unchecked
 from ties_dist.storage.rehearsal import rehearse
 from ties_dist.values.items import Range
+from ties_dist.values.stretches import Vector, blocks_of
 
 WRITE_BACK = "write-back"
 """The word that allows an OUT on a cache that stores later what it acknowledges."""
@@ -183,8 +184,15 @@ def usable(record: Record, plan: MergePlan) -> Record:
         record,
         merged=[r for r in record.merged if all(map(fits, r.item.ranges)) and r.counts.keys() <= counted],
         cuts={tensor: cuts for tensor, cuts in record.cuts.items() if len(cuts) == len(plan.experts)},
+        sums={tensor: _fitting(blocks, tensor, plan) for tensor, blocks in record.sums.items() if tensor in counted},
         thresholds=record.thresholds if len(record.thresholds or ()) == len(plan.experts) else None,
     )
+
+
+def _fitting(blocks: Mapping[int, Vector], tensor: str, plan: MergePlan) -> dict[int, Vector]:
+    """Of the sums of a tensor's blocks those that are as many as are asked for."""
+    count, width = blocks_of(plan.sizes[tensor]), len(plan.products)
+    return {block: vector for block, vector in blocks.items() if block < count and len(vector) == width}
 
 
 def adopt(out: OutFolder, shards: Iterable[OutputShard], *, publishing: bool) -> None:

@@ -15,14 +15,15 @@ from ties_dist.compiler.kernel import eager_reason, shapes
 from ties_dist.declared import unfit
 from ties_dist.errors import RecipeError
 from ties_dist.messages import nearest
-from ties_dist.methods.base import Cut, Found, Method, State
-from ties_dist.methods.needs import MajoritySign, Needs, TrimRule
+from ties_dist.methods.base import Cut, Found, Method, State, float32
+from ties_dist.methods.needs import MajoritySign, Needs, Product, Sums, TrimRule
 from ties_dist.methods.outside import asking, defined, is_ours
 from ties_dist.planning.plan import MergePlan
 from ties_dist.recipe.recipe import Recipe
 
 SAID: Mapping[str, object] = {
     "trim": TrimRule | None,
+    "sums": Sums | None,
     "asks_majority": bool,
     "is_random": bool,
     "needs": Needs,
@@ -57,6 +58,11 @@ def method_of(recipe: Recipe) -> Method:
         own = method.counters(count)
     if wrong := unfit(own, tuple[str, ...]):
         raise _refused(spec, "counters", f"gives no names: {wrong}")
+    if method.needs.sums is not None:
+        with asking(spec, "products"):
+            pairs = method.products(len(recipe.experts))
+        if wrong := unfit(pairs, tuple[Product, ...]):
+            raise _refused(spec, "products", f"gives no pairs of factors: {wrong}")
     return method
 
 
@@ -76,23 +82,33 @@ def admit(plan: MergePlan) -> tuple[str, ...]:
         return ()
     _check_needs(plan)
     reasons = []
-    for state in _states(plan):
-        with asking(type(plan.method), "merge", "on a slice of a few numbers"):
-            reasons.append(eager_reason(plan.method, len(plan.operands), len(plan.experts), state))
+    for before, scalars in _states(plan):
+        for factor in (None, *range(plan.factors)):
+            state = before | scalars if factor is None else before
+            part = "merge" if factor is None else "factors"
+            with asking(type(plan.method), part, "on a slice of a few numbers"):
+                reasons.append(eager_reason(plan.method, len(plan.operands), len(plan.experts), state, factor))
     reason = next((reason for reason in reasons if reason is not None), None)
     if reason is None:
         return ()
     return (f"merge_method `{plan.method.name}` runs eagerly, about 20 times slower: {reason}.",)
 
 
-def _states(plan: MergePlan) -> Iterator[State]:
-    """Numbers of a slice, of every kind there is: the same names and shapes, the same loop. Raises RecipeError."""
+def _states(plan: MergePlan) -> Iterator[tuple[State, State]]:
+    """Numbers of a slice, of every kind there is: the same names and shapes, the same loop; and what sums add to them.
+
+    Raises RecipeError.
+    """
     kind, met = type(plan.method), set()
     asked = {}
     for tensor, numbers in plan.numbers.items():
         parameters = plan.parameters_of(tensor)
-        asked[(*parameters.items(), *(tuple(each.items()) for each in numbers.experts))] = parameters, numbers.experts
-    for parameters, experts in asked.values():
+        asked[(*parameters.items(), *(tuple(each.items()) for each in numbers.experts))] = (
+            tensor,
+            parameters,
+            numbers.experts,
+        )
+    for tensor, parameters, experts in asked.values():
         state, again = (_state(plan, parameters, experts) for _ in range(2))
         if shapes(state) != shapes(again) or any(state[n].tobytes() != again[n].tobytes() for n in state):
             raise _refused(
@@ -101,9 +117,11 @@ def _states(plan: MergePlan) -> Iterator[State]:
         for name, value in state.items():
             if np.isnan(value).any():
                 raise _refused(kind, "state", f"gives NaN as `{name}`")
-        if (known := tuple(shapes(state).items())) not in met:
+        with asking(kind, "scalars"):
+            scalars = {name: float32(value) for name, value in plan.sample_scalars(tensor)}
+        if (known := (*shapes(state).items(), *shapes(scalars).items())) not in met:
             met.add(known)
-            yield state
+            yield state, scalars
 
 
 def _state(plan: MergePlan, parameters: Mapping[str, float], experts: Sequence[Mapping[str, float]]) -> State:

@@ -50,7 +50,7 @@ class Fitting:
         return Explanation(lines=lines, rows_fit=not foreign)
 
     def _sides(self) -> Iterator[Side]:
-        kind = "expert" if self.method.operand == "delta" else "model"
+        kind = "expert" if self.method.operand != "weight" else "model"
         count = compared_models(self.recipe)
         for i, (each, tokenizer) in enumerate(zip(self.opened[:count], self._tokenizers, strict=True)):
             if i == 0 or each is not self.opened[0]:
@@ -62,7 +62,7 @@ class Fitting:
         names = with_other_rows(base, model, wanted)
         if not names or not (self.recipe.options.vocab == "base" or self._agree(position)):
             return model
-        fitted, notes = fit_rows(base, model, names, prolong=self.method.operand == "delta")
+        fitted, notes = fit_rows(base, model, names, prolong=self.method.operand != "weight")
         self.notes += notes
         return fitted
 

@@ -15,6 +15,7 @@ from ties_dist.planning.plan import Matrix
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.values.inputs import Input
 from ties_dist.values.items import UNITS_AROUND
+from ties_dist.values.stretches import BLOCK_ELEMENTS
 
 DEFAULT_UNIT_BYTES = 8 << 20
 """Output bytes: 4M elements of 16 bits, the best of 1M, 4M and 16M."""
@@ -48,7 +49,7 @@ def fit(
 
     Raises PlanError where the budget is too small, or a form of storage cannot be read in units.
     """
-    operands = alike if method.operand == "delta" else alike[1:]
+    operands = alike if method.operand != "weight" else alike[1:]
     _check_grains(operands)
     unit_bytes, buffers = fit_unit_bytes(
         asked=resources.unit_bytes,
@@ -111,7 +112,11 @@ def fit_unit_bytes(
     sizes = [asked // BLOCK_BYTES * BLOCK_BYTES] if asked else [DEFAULT_UNIT_BYTES >> i for i in range(4)]
     if not asked:
         sizes = [size for size in sizes if layout.most_segments(size) <= MANY_SEGMENTS] or sizes[-1:]
-    fixed = statistics_bytes(method, len(operands), threads) + 4 * EAGER_TEMPORARIES * len(operands) * (1 << 15)
+    fixed = (
+        sums_bytes(method, len(operands), threads)
+        + statistics_bytes(method, len(operands), threads)
+        + 4 * EAGER_TEMPORARIES * len(operands) * (1 << 15)
+    )
     for unit_bytes in sizes:
         slices = units * layout.most_segments(unit_bytes) * (len(operands) + outputs) * SEGMENT_BYTES
         buffers = int(units * unit_bytes * (outputs + ratio)) + slices + fixed
@@ -146,6 +151,11 @@ def fit_matrices(matrices: Mapping[str, Matrix], *, budget: int, threads: int, b
 
 def _whole_mebibytes(size: int) -> int:
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def sums_bytes(method: Method, operands: int, threads: int) -> int:
+    """A block of each operand, at most in float32, and some elements of each factor, of which there are less."""
+    return 2 * 4 * threads * BLOCK_ELEMENTS * operands if method.needs.sums is not None else 0
 
 
 def statistics_bytes(method: Method, operands: int, threads: int) -> int:

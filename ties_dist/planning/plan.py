@@ -15,8 +15,8 @@ from functools import cached_property
 import xxhash
 
 from ties_dist.dtypes import ITEM_BYTES
-from ties_dist.methods.base import Method
-from ties_dist.methods.needs import Needs
+from ties_dist.methods.base import Method, Scalars, float32
+from ties_dist.methods.needs import Needs, Product
 from ties_dist.planning.layout import Layout, TensorSpec
 from ties_dist.storage.digests import digest
 from ties_dist.values.counters import Counters
@@ -119,7 +119,7 @@ class MergePlan:
     @property
     def operands(self) -> tuple[Input, ...]:
         """The inputs every merged slice is read from, in the order of the counters."""
-        return (*((self.base,) if self.method.operand == "delta" else ()), *self.experts, *self.extras)
+        return (*((self.base,) if self.method.operand != "weight" else ()), *self.experts, *self.extras)
 
     @cached_property
     def input_bytes(self) -> int:
@@ -134,6 +134,12 @@ class MergePlan:
     def needs(self) -> Needs:
         """What has to be found for the merge."""
         return self.method.needs
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether something has to be found of each tensor before any of it is merged."""
+        trim = self.needs.trim
+        return self.needs.sums is not None or (trim is not None and trim.scope == "tensor")
 
     @cached_property
     def counters(self) -> Counters:
@@ -161,10 +167,10 @@ class MergePlan:
     def reread_bytes(self) -> int | None:
         """What is read between the first and the second read of a byte; None where one read is likely to do."""
         trim = self.needs.trim
+        if self.by_tensor:
+            return self.memory_budget // 2  # a group of units, whose tensors are read before it is merged (`Passes`)
         if trim is None:
             return None
-        if trim.scope == "tensor":
-            return self.memory_budget // 2  # a group of units, selected for and then merged (`Passes`)
         speculates = self.is_16_bit and trim.tie_policy == "keep_all"
         return None if speculates else self.input_bytes
 
@@ -184,6 +190,26 @@ class MergePlan:
         if self.method.is_random:
             parameters["tensor"] = float(xxhash.xxh32_intdigest(tensor.encode()))
         return parameters
+
+    def scalars(self, tensor: str, sums: Sequence[float]) -> Scalars:
+        """What a method makes of the sums over a tensor, rounded once to float32."""
+        made = self.method.scalars(self.parameters_of(tensor), self.numbers[tensor].experts, sums)
+        rounded = ((name, float32(value).tolist()) for name, value in made.items())
+        return tuple((name, tuple(each) if isinstance(each, list) else each) for name, each in rounded)
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """What is summed over each tensor."""
+        return self.method.products(len(self.experts)) if self.needs.sums is not None else ()
+
+    @property
+    def factors(self) -> int:
+        """Of these products."""
+        return 1 + max((factor for product in self.products for factor in product), default=-1)
+
+    def sample_scalars(self, tensor: str) -> Scalars:
+        """What follows from sums such as a tensor might have: for those who look at their names and shapes."""
+        return self.scalars(tensor, (1.0,) * len(self.products))
 
     def items(self, done: Iterable[WorkItem] = ()) -> Iterator[WorkItem]:
         """Work that covers every byte of the output that none of `done` covers, whatever its size, in file order."""

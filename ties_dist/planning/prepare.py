@@ -184,7 +184,7 @@ def _find_aliases(recipe: Recipe, method: Method, opened: Sequence[Checkpoint], 
         lambda i, left, right: equality(i, models[i], left, right),
         exclude=recipe.options.exclude,
         untie=recipe.options.tie_word_embeddings is False,
-        kind="expert" if method.operand == "delta" else "model",
+        kind="expert" if method.operand != "weight" else "model",
     )
 
 
@@ -323,7 +323,7 @@ def _settings(recipe: Recipe) -> list[Setting]:
 def _equal_inputs(plan: MergePlan) -> Iterator[str]:
     """What to say of experts that look like the base or like each other: headers, sizes and sampled pages agree."""
     for i, expert in enumerate(plan.experts):
-        if plan.method.operand == "delta" and expert.identity == plan.base.identity:
+        if plan.method.operand != "weight" and expert.identity == plan.base.identity:
             yield f"expert '{expert.name}' looks equal to the base: its delta is zero."
         if twin := next((e.name for e in plan.experts[:i] if e.identity == expert.identity), None):
             yield f"experts '{twin}' and '{expert.name}' look equal: one model counts twice."

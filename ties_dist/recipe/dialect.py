@@ -12,16 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Literal, Protocol
 
 from ties_dist.messages import nearest
 from ties_dist.methods.parameter import Parameter
 from ties_dist.recipe.options import COMMON_OPTIONS, PRESET_DEFAULTS, Options, complete_options, default_semantics_note
 from ties_dist.recipe.references import Location, locate
+from ties_dist.recipe.spec import MethodSpec, has_presets
 from ties_dist.recipe.values import Setting, constant, read_setting
-
-if TYPE_CHECKING:
-    from ties_dist.methods.base import Method
 
 _TOP_LEVEL = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "ties_dist")
 _MOST_MODELS = 1000
@@ -33,41 +30,15 @@ _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # mergekit 0.1.5: config.MergeConfiguration, merge_methods/registry.py and the methods' own parameters.
 _UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
 _UNSUPPORTED_METHODS = (
-    *("slerp", "nuslerp", "multislerp", "nearswap", "passthrough", "model_stock", "arcee_fusion", "karcher", "sce"),
-    *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "ram", "ramplus_tl"),
+    *("nuslerp", "multislerp", "nearswap", "passthrough", "arcee_fusion", "karcher", "sce", "breadcrumbs"),
+    *("breadcrumbs_ties", "della", "della_linear", "ram", "ramplus_tl"),
 )
-_MERGEKIT_PARAMETERS = ("gamma", "epsilon", "select_topk", "filter_wise", "scale", "t")
+_MERGEKIT_PARAMETERS = ("gamma", "epsilon", "select_topk", "scale")
 _STRAY_KEYS = (
     *("name", "description", "output", "output_dir", "output_name", "output_path", "out_dir", "out_path"),
     *("hub_repo", "license", "author", "tags"),
 )
 """Written by other tools beside what is merged; mergekit, too, reads over them."""
-
-
-class MethodSpec(Protocol):
-    """What a recipe needs to know of a method; the method's class itself will do."""
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]: ...
-
-    @property
-    def operand(self) -> Literal["delta", "weight"]: ...
-
-    @property
-    def statistics(self) -> str | None:
-        """The kind of statistics that it needs of every model, if any."""
-
-    @property
-    def options(self) -> frozenset[str]:
-        """Keys of the `ties_dist:` block it understands, besides exclude, vocab, non_float and semantics."""
-
-    def from_options(self, options: Mapping[str, object], parameters: Mapping[str, float]) -> Method:
-        """The method that a recipe describes."""
-
-
-def has_presets(spec: MethodSpec) -> bool:
-    """Whether the presets say anything about this method: they describe ways to trim and elect."""
-    return "trim_scope" in spec.options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +173,15 @@ def _read_options(draft: Draft, semantics: str | None) -> None:
 
 
 def _read_models(draft: Draft) -> None:
-    takes_deltas = draft.spec is not None and draft.spec.operand == "delta"
+    on_base = draft.spec is not None and draft.spec.operand != "weight"
     base, into_adapter = draft.document.get("base_model"), draft.options.output == "adapter"
     if base is not None and into_adapter:
         draft.notes.append("base_model is not read: adapters are merged with each other, into an adapter.")
     elif base is not None:
         draft.base = _locate(draft, base, "base_model")
-    elif takes_deltas and not into_adapter:
-        draft.problems.append(f"base_model: missing; {draft.method} merges differences to a base")
+    elif on_base and not into_adapter:
+        what = "merges differences to a base" if draft.spec and draft.spec.operand == "delta" else "merges with a base"
+        draft.problems.append(f"base_model: missing; {draft.method} {what}")
     if draft.options.elect_from is not None:
         draft.elect_from = _locate(draft, draft.options.elect_from, "ties_dist.elect_from")
         if draft.elect_from and draft.base and draft.elect_from.identity == draft.base.identity:
@@ -221,6 +193,10 @@ def _read_models(draft: Draft) -> None:
         return
     if draft.options.output == "adapter" and draft.spec and draft.spec.statistics:
         draft.problems.append(f"ties_dist.output: {draft.method} needs statistics of models; adapters have none")
+    if draft.options.output == "adapter" and draft.spec and draft.spec.operand == "both":
+        draft.problems.append(
+            f"ties_dist.output: {draft.method} needs a base; adapters merged with each other have none"
+        )
     if draft.options.output == "adapter" and draft.options.tie_word_embeddings is False:
         draft.problems.append("ties_dist.tie_word_embeddings: adapters that are merged with each other have no head")
     before = len(draft.problems)
@@ -228,13 +204,22 @@ def _read_models(draft: Draft) -> None:
         draft.problems.append(f"models: {len(entries or ()):,} entries; at most {_MOST_MODELS:,} are merged at once")
         return
     for i, entry in enumerate(entries or ()):
-        _read_model(draft, entry, f"models[{i}]", drop_base=takes_deltas)
+        _read_model(draft, entry, f"models[{i}]", drop_base=on_base)
     otherwise_said = len(draft.problems) > before or any(draft.document.get(k) for k in ("slices", "modules"))
     if not draft.models and not otherwise_said:
         draft.problems.append("models: no experts to merge; list at least one")
     listed = any(entry.location and draft.base == entry.location for entry in draft.models)
-    if draft.spec and not takes_deltas and draft.base and not listed:
+    if draft.spec and draft.models and not otherwise_said:
+        _check_number(draft, draft.spec)
+    if draft.spec and not on_base and draft.base and not listed:
         _place_base(draft, draft.spec, draft.base)
+
+
+def _check_number(draft: Draft, spec: MethodSpec) -> None:
+    count = len(draft.models)
+    if count < spec.fewest or count > (spec.most or count):
+        wanted = f"at least {spec.fewest}" if spec.most is None else f"{spec.fewest}"
+        draft.problems.append(f"models: {draft.method} merges {wanted} besides the base; {count} listed")
 
 
 def _place_base(draft: Draft, spec: MethodSpec, base: Location) -> None:
@@ -269,8 +254,11 @@ def _read_model(draft: Draft, entry: object, where: str, *, drop_base: bool) -> 
     location = None if is_base and draft.options.output == "adapter" else _locate(draft, written, f"{where}.model")
     # A base that was not found is still the base: what it lacks as an expert is not worth a second problem.
     if drop_base and ((location and location == draft.base) or (location is None and is_base)):
-        too = " and its parameters" if parameters else ""
-        draft.notes.append(f"{where}: the base has no difference to itself; the entry{too} is left out.")
+        if draft.spec and draft.spec.operand == "delta":
+            too = " and its parameters" if parameters else ""
+            draft.notes.append(f"{where}: the base has no difference to itself; the entry{too} is left out.")
+        elif parameters:
+            draft.notes.append(f"{where}: the base's own parameters have no effect.")
         return
     earlier = [e.where for e in draft.models if location and e.location == location]
     if earlier:

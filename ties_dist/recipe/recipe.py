@@ -18,10 +18,11 @@ from ties_dist.errors import RecipeError
 from ties_dist.messages import listing
 from ties_dist.methods.outside import code_of
 from ties_dist.methods.parameter import Parameter
-from ties_dist.recipe.dialect import Draft, MethodSpec, read_draft
+from ties_dist.recipe.dialect import Draft, read_draft
 from ties_dist.recipe.document import read_document
 from ties_dist.recipe.options import COMMON_OPTIONS, Options
 from ties_dist.recipe.references import ADAPTER_CONFIG, Location, ModelReference, fetch, is_adapter, unique_name
+from ties_dist.recipe.spec import MethodSpec
 from ties_dist.recipe.values import Setting, layer_depths
 
 __all__ = [

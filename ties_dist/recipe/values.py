@@ -188,8 +188,10 @@ def _read_points(raw: object, parameter: Parameter, where: str, problems: list[s
 
 def _read_number(raw: object, parameter: Parameter) -> float | str:
     """The number, or what is wrong with it. Strict: true is not 1, "0.5" in quotes is not 0.5; but 1 is true."""
-    if parameter.kind == "bool" and isinstance(raw, (int, float)) and raw in (0, 1):
-        return bool(raw)  # as mergekit reads them
+    if parameter.kind == "bool" and isinstance(raw, (int, float)) and raw in (0, 1):  # as mergekit reads them
+        if parameter.only_default and bool(raw) != parameter.default:
+            return f"a mergekit feature that ties_dist does not support yet ({parameter.note})"
+        return bool(raw)
     if isinstance(raw, str) and _SCIENTIFIC.fullmatch(raw) and parameter.kind == "float":
         raw = float(raw)
     right_type = {

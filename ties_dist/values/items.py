@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from ties_dist.methods.base import Scalars
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.digests import digest
 from ties_dist.thresholds import Cuts
@@ -63,16 +64,19 @@ class WorkItem(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTask:
-    """One item and the state it is merged with: cuts by source tensor, and the sign of exact cancellations."""
+    """One item and the state it is merged with: cuts and scalars by source tensor, and the sign of exact
+    cancellations."""
 
     item: WorkItem
     cuts: Mapping[str, Cuts]
     majority: int
+    scalars: Mapping[str, Scalars] = field(default_factory=dict)
 
     @cached_property
     def state_digest(self) -> str:
-        """Digest of the thresholds alone; the majority sign stands beside it in the journal."""
-        return digest(repr(sorted(self.cuts.items())).encode())
+        """Digest of thresholds and scalars alone; the majority sign stands beside it in the journal."""
+        found = [*sorted(self.cuts.items()), *sorted(self.scalars.items())]
+        return digest(repr(found).encode())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from ties_dist.compiler.kinds import KernelKind
 from ties_dist.compiler.native import KernelStore
 from ties_dist.compiler.slices import Slice, sliced, stored
 from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, TYPES, DType
-from ties_dist.methods.base import Cut, Found, State
+from ties_dist.methods.base import Cut, Found, Scalars, State
 from ties_dist.planning.layout import Segment, TensorSpec
 from ties_dist.storage.base import Writer
 from ties_dist.storage.buffers import Buffers
@@ -55,19 +55,26 @@ class Worker(Counter):
     def kernel(self) -> MergeKernel:
         return MergeKernel(self.plan.method, len(self.plan.experts), self.kernel_kind, self.kernel_store, self.gpus)
 
+    @cached_property
+    def factor_kernels(self) -> Sequence[MergeKernel]:
+        """For what is summed: on the processor, wherever units are merged."""
+        given = self.plan.method, len(self.plan.experts), self.kernel_kind, self.kernel_store
+        return [MergeKernel(*given, factor=i) for i in range(self.plan.factors)]
+
     def warm_up(self) -> None:
         """Make the kernels for the types of these models ready, while others are reading samples or a scan."""
         done: set[tuple[DType, ...]] = set()
         for tensor in self.plan.tensors if self.kernel_kind != "eager" and self.gpus is None else ():
             if not tensor.merged:
                 continue
-            types = self._types(tensor.source)
+            types = self.types(tensor.source)
             if (*types, TYPES[tensor.dtype]) not in done:
                 done.add((*types, TYPES[tensor.dtype]))
                 cuts = ((0.0, 0.0),) * (len(self.plan.experts) if self.plan.needs.trim else 0)
-                self.kernel.prepare(types, TYPES[tensor.dtype], self._state(*self._key(tensor.source), cuts, 1))
+                state = self.state_of(tensor.source, cuts=cuts, scalars=self.plan.sample_scalars(tensor.source))
+                self.kernel.prepare(types, TYPES[tensor.dtype], state)
 
-    def _types(self, tensor: str) -> tuple[DType, ...]:
+    def types(self, tensor: str) -> tuple[DType, ...]:
         return tuple(m.type(tensor) for m in self.operands)
 
     def sample_signs(
@@ -97,11 +104,22 @@ class Worker(Counter):
                 operand.release()
         return signs * sampled / max(1, self.plan.elements)
 
+    def state_of(
+        self,
+        tensor: str,
+        *,
+        cuts: tuple[tuple[float, float], ...] = (),
+        majority: int = 1,
+        scalars: Scalars = (),
+    ) -> State:
+        """The numbers of a slice of a tensor. cuts: per expert, threshold and what is kept from."""
+        return self._state(*self._key(tensor), cuts, majority, scalars)
+
     def _build_state(
         self, parameters: tuple[tuple[str, float], ...], experts: tuple[tuple[tuple[str, float], ...], ...],
-        cuts: tuple[tuple[float, float], ...], majority: int,
+        cuts: tuple[tuple[float, float], ...], majority: int, scalars: Scalars,
     ) -> State:  # fmt: skip
-        found = Found(cuts=[Cut(threshold=t, keep=k) for t, k in cuts], majority=majority)
+        found = Found(cuts=[Cut(threshold=t, keep=k) for t, k in cuts], majority=majority, scalars=scalars)
         return self.plan.method.numbers(dict(parameters), [dict(e) for e in experts], found)
 
     def _key(
@@ -137,12 +155,12 @@ class Worker(Counter):
         """Elements [start, stop) of a part, which lie wholly on one side of each cut of ties."""
         levels = tuple((from_bits(c.bits), from_bits(c.bits if start < c.ties else c.bits + 1)) for c in part.cuts)
         low, high = start - part.start, stop - part.start
-        types, out_type = self._types(part.tensor), TYPES[part.written]
+        types, out_type = self.types(part.tensor), TYPES[part.written]
         item = LOOP_BYTES[out_type]
         return Slice(
             operands=[sliced(content, kind, low, high) for content, kind in zip(part.contents, types, strict=True)],
             types=types,
-            state=self._state(*self._key(part.tensor), levels, part.majority),
+            state=self.state_of(part.tensor, cuts=levels, majority=part.majority, scalars=part.scalars),
             position=start,
             out=part.out[low * item : high * item],
             out_type=out_type,
@@ -162,6 +180,7 @@ class Part:
     cuts: Cuts
     majority: int
     out: memoryview
+    scalars: Scalars = ()
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -306,4 +325,5 @@ def _part(task: MergeTask, segment: Segment, operands: Sequence[Operand], place:
         cuts=task.cuts.get(segment.tensor.source, ()),
         majority=task.majority,
         out=place,
+        scalars=task.scalars.get(segment.tensor.source, ()),
     )

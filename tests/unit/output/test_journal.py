@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ties_dist.storage.digests import digest
 from ties_dist.storage.local_place import LocalPlace
 from ties_dist.thresholds import KEEP_ALL, KEEP_NONE, ModelCut, TensorCut, Threshold
 from ties_dist.values.items import MergeResult, MergeTask, Range, WorkItem
+from ties_dist.values.stretches import Stretch
 
 CUTS = (TensorCut(0x3A83126F, 7), TensorCut(0, 40))
 THRESHOLDS = (ModelCut(Threshold(0x3A83126F, 11, 3), "layers.1.weight", 5), ModelCut(KEEP_ALL), ModelCut(KEEP_NONE))
@@ -54,6 +56,8 @@ def test_facts_come_back_as_they_were_committed(tmp_path: Path) -> None:
     opened = journal(tmp_path)
     opened.thresholds(THRESHOLDS)
     opened.cuts("lm_head.weight", CUTS)
+    opened.sums(Stretch("lm_head.weight", 3, 5), ((0.1, -math.inf), (-0.0, 5e-324)))
+    opened.sums(Stretch("lm_head.weight", 0, 1), ((2.0**60, 1.0),))
     opened.merged(result(0, 2))
     opened.merged(result(2, 3, shard="b"))
     opened.publishing()
@@ -61,6 +65,7 @@ def test_facts_come_back_as_they_were_committed(tmp_path: Path) -> None:
     assert journals_of(tmp_path) == Record(
         merged=[result(0, 2), result(2, 3, shard="b")],
         cuts={"lm_head.weight": CUTS},
+        sums={"lm_head.weight": {3: (0.1, -math.inf), 4: (-0.0, 5e-324), 0: (2.0**60, 1.0)}},
         thresholds=THRESHOLDS,
         publishing=True,
     )
@@ -291,6 +296,17 @@ LINE = {
     "kind": "merged", "ranges": [["a", 0, 1 << 20]], "state": "s", "majority": 1, "blocks": ["x"],
     "counters": list(COUNTERS), "counts": {"w": [1, 2, 3]}, "dependent": 0,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stop": 0}, {"stop": 3}, {"first": -1}, {"first": 2}, {"content": "00"}, {"content": ""}, {"content": "zz" * 16}],
+)
+def test_sums_that_are_not_as_many_for_each_block_are_passed_over(changes: dict[str, object], tmp_path: Path) -> None:
+    line = {"kind": "sums", "tensor": "w", "first": 0, "stop": 2, "content": "00" * 8 + "000000000000f03f"}
+    lines = [json.dumps(line), json.dumps({**line, "tensor": "x", **changes})]
+    (tmp_path / "journal-0.jsonl").write_text("".join(f"{digest(x.encode())[:16]} {x}\n" for x in lines))
+    assert journals_of(tmp_path, COUNTERS).sums == {"w": {0: (0.0,), 1: (1.0,)}}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ class FakeMethod:
     """What the recipe knows of a method."""
 
     parameters: tuple[Parameter, ...]
-    operand: Literal["delta", "weight"] = "delta"
+    operand: Literal["delta", "weight", "both"] = "delta"
+    fewest: int = 1
+    most: int | None = None
     statistics: str | None = None
     options: frozenset[str] = frozenset()
 
@@ -58,6 +60,12 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "task_arithmetic": FakeMethod(parameters=(WEIGHT, LAMBDA, normalize(False), INT8_MASK)),
     "linear": FakeMethod(parameters=(WEIGHT, normalize(True)), operand="weight"),
+    "slerp": FakeMethod(parameters=(Parameter(name="t", per_tensor=True),), operand="both", most=1),
+    "model_stock": FakeMethod(
+        parameters=(Parameter(name="filter_wise", kind="bool", default=False, only_default=True, note="by row"),),
+        operand="both",
+        fewest=2,
+    ),
 }
 
 Load = Callable[..., Recipe]
@@ -755,11 +763,51 @@ def test_a_recipe_of_slices_is_refused_for_its_slices_alone(load: Load) -> None:
     ]
 
 
-@pytest.mark.parametrize("method", ["slerp", "della_linear", "della", "breadcrumbs", "model_stock", "passthrough"])
+@pytest.mark.parametrize("method", ["nuslerp", "della_linear", "della", "breadcrumbs", "karcher", "passthrough"])
 def test_mergekit_methods_not_supported_yet_are_refused_by_name(load: Load, method: str) -> None:
     message = rf'merge_method "{method}" is a mergekit method that ties_dist does not support yet'
     with pytest.raises(RecipeError, match=message):
         load(ties(merge_method=method))
+
+
+def slerp(*models: str, **changes: object) -> dict[str, object]:
+    listed = [{"model": model} for model in models]
+    return {"merge_method": "slerp", "base_model": "base", "models": listed, "parameters": {"t": 0.5}} | changes
+
+
+@pytest.mark.parametrize("listed", [("base", "math"), ("math", "base"), ("math",)])
+def test_a_base_among_the_models_of_a_method_that_takes_it_is_nothing_to_say(
+    listed: tuple[str, ...], load: Load
+) -> None:
+    recipe = load(slerp(*listed))
+    assert ([e.model.name for e in recipe.experts], recipe.base and recipe.base.name) == (["math"], "base")
+    assert recipe.notes == ()
+
+
+def test_parameters_of_that_base_have_no_effect_and_are_said(load: Load) -> None:
+    models = [{"model": "base", "parameters": {"weight": 1.0}}, {"model": "math"}]
+    assert load(slerp(models=models)).notes == ("models[0]: the base's own parameters have no effect.",)
+
+
+def test_a_method_of_two_models_takes_no_third_and_one_of_several_no_single_one(load: Load) -> None:
+    assert problems(load, slerp("math", "code")) == ["models: slerp merges 1 besides the base; 2 listed"]
+    stock = slerp("math", merge_method="model_stock", parameters={})
+    assert problems(load, stock) == ["models: model_stock merges at least 2 besides the base; 1 listed"]
+    assert problems(load, slerp("base")) == ["models: no experts to merge; list at least one"]
+
+
+def test_a_method_that_needs_a_base_is_not_for_adapters_among_themselves(load: Load) -> None:
+    found = problems(load, slerp("math", ties_dist={"output": "adapter"}))
+    assert found == ["ties_dist.output: slerp needs a base; adapters merged with each other have none"]
+    assert problems(load, slerp("math", base_model=None)) == ["base_model: missing; slerp merges with a base"]
+
+
+def test_a_value_of_mergekit_s_that_is_not_there_yet_is_refused(load: Load) -> None:
+    stock = slerp("math", "code", merge_method="model_stock")
+    assert load(stock | {"parameters": {"filter_wise": False}}).parameters["filter_wise"].constant is False
+    assert problems(load, stock | {"parameters": {"filter_wise": True}}) == [
+        "parameters.filter_wise: a mergekit feature that ties_dist does not support yet (by row)"
+    ]
 
 
 def test_a_plus_means_an_adapter(load: Load) -> None:
