@@ -61,8 +61,7 @@ class Method:
 
     operand: what `merge` gets of each expert: its delta to the base; its weights as they are, without a base; or both,
     the base's weights and its own. fewest, most: experts that it takes. statistics: what it has to know of each expert
-    besides: 'fisher' diagonals come to `merge` as extras, 'gram' matrices to `solve`. sums: what it needs to know of
-    each tensor; `factors`, `products` and `scalars` say what that is.
+    besides: 'fisher' diagonals come to `merge` as extras, 'gram' matrices to `solve`.
     """
 
     name: ClassVar[str]
@@ -71,7 +70,6 @@ class Method:
     fewest: ClassVar[int] = 1
     most: ClassVar[int | None] = None
     statistics: ClassVar[Literal["fisher", "gram"] | None] = None
-    sums: ClassVar[Sums | None] = None
     parameters: ClassVar[tuple[Parameter, ...]]
     options: ClassVar[frozenset[str]] = frozenset()
 
@@ -83,6 +81,11 @@ class Method:
     @property
     def trim(self) -> TrimRule | None:
         """The thresholds this method needs, if any."""
+        return None
+
+    @property
+    def sums(self) -> Sums | None:
+        """The sums over each tensor that this method needs, if any: `products` of `factors`, for its `scalars`."""
         return None
 
     @property
@@ -139,7 +142,7 @@ class Method:
         return list(operands)
 
     def products(self, experts: int) -> tuple[Product, ...]:
-        """Which factors are multiplied and summed up; by default all with all. A plain sum has a factor of ones."""
+        """Which factors are multiplied and summed up; by default all with all."""
         return gram(experts)
 
     def scalars(

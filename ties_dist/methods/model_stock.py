@@ -31,7 +31,10 @@ class ModelStock(Method):
     parameters: ClassVar[tuple[Parameter, ...]] = (
         Parameter(name="filter_wise", kind="bool", default=False, only_default=True, note="a cosine for each row"),
     )
-    sums: ClassVar[Sums | None] = Sums()
+
+    @property
+    def sums(self) -> Sums:
+        return Sums()
 
     def factors(
         self,

@@ -97,6 +97,8 @@ class Sums(Declared):
 
 Product = tuple[int, int]
 """The numbers of two factors."""
+ONE = -1
+"""For the second of them: a plain sum of the first."""
 
 
 def gram(factors: int) -> tuple[Product, ...]:

@@ -26,10 +26,13 @@ class Slerp(Method):
     summary: ClassVar[str] = "from the base to one other model along the arc between them, tensor by tensor"
     operand: ClassVar[Operand] = "both"
     most: ClassVar[int | None] = 1
-    sums: ClassVar[Sums | None] = Sums()
     parameters: ClassVar[tuple[Parameter, ...]] = (
         Parameter(name="t", per_tensor=True, note="share of the way: 0 is the base, 1 the other model"),
     )
+
+    @property
+    def sums(self) -> Sums:
+        return Sums()
 
     def products(self, experts: int) -> tuple[Product, ...]:
         return gram(2)

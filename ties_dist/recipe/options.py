@@ -39,6 +39,8 @@ class Options(BaseModel):
     non_float: Literal["error", "base"] = "error"
     output: Literal["model", "adapter"] = "model"
     gram: Literal["mean", "sum"] = "mean"
+    rescale_by: Literal["density", "l1"] = "density"
+    """`l1`: to the norm that a delta had in its tensor."""
     companions: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Files of the base that go beside the merged weights, too; not in the fingerprint."""
     tie_word_embeddings: Literal["as stored", False] = "as stored"
@@ -46,8 +48,13 @@ class Options(BaseModel):
 
     @property
     def chosen(self) -> set[str]:
-        """Names of those that are not what they are by default."""
-        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        """Names of those that are not what they are by default, or would be another under these semantics."""
+        preset = PRESETS[self.semantics]
+        return {
+            name
+            for name, field in type(self).model_fields.items()
+            if not getattr(self, name) == field.default == preset.get(name, field.default)
+        }
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -78,7 +85,13 @@ COMMON_OPTIONS = frozenset(
 
 PRESETS: Mapping[Semantics, Mapping[str, object]] = {
     "paper": {},
-    "mergekit": {"trim_scope": "tensor", "tie_policy": "exact_k", "density_of": "all", "zero_sign": "positive"},
+    "mergekit": {
+        "trim_scope": "tensor",
+        "tie_policy": "exact_k",
+        "density_of": "all",
+        "zero_sign": "positive",
+        "rescale_by": "l1",
+    },
     "peft": {
         "trim_scope": "tensor",
         "tie_policy": "exact_k",

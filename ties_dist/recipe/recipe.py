@@ -136,7 +136,7 @@ class Recipe:
         """The options that this method understands and that are in force; `elect` is not beside `elect_from`."""
         apart = {"exclude", "allow", "companions", "elect_from"} | ({"elect"} if self.elect_from else set())
         # Fingerprints and copies of recipes as before there was a choice.
-        new = ("output", "tie_word_embeddings", "density_of")
+        new = ("output", "tie_word_embeddings", "density_of", "rescale_by")
         apart |= {name for name in new if name not in self.options.chosen}
         understood = (self.spec.options | COMMON_OPTIONS) - apart
         return {name: value for name, value in self.options.model_dump().items() if name in understood}

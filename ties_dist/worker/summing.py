@@ -30,12 +30,12 @@ def _sum_block(worker: Worker, tensor: str, block: int) -> Vector:
     start = block * BLOCK_ELEMENTS
     stop = min(worker.plan.sizes[tensor], start + BLOCK_ELEMENTS)
     operands = [reader.read(tensor, start, stop) for reader in worker.operands]
-    factors = np.empty((worker.plan.factors, AT_ONCE), np.float32)
+    factors = np.ones((worker.plan.factors + 1, AT_ONCE), np.float32)  # the last one stays: `ONE`
     lanes = np.zeros((len(products), LANES), np.float64)
     for low in range(0, stop - start, AT_ONCE):
         high = min(stop - start, low + AT_ONCE)
         contents = _contents(worker, tensor, operands, low, high)
-        for kernel, into in zip(worker.factor_kernels, factors, strict=True):
+        for kernel, into in zip(worker.factor_kernels, factors[:-1], strict=True):
             kernel([_slice(worker, tensor, contents, start + low, into[: high - low])])
         for (left, right), sums in zip(products, lanes, strict=True):
             add_products(factors[left, : high - low], factors[right, : high - low], sums)

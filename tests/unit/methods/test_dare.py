@@ -77,10 +77,40 @@ def test_signs_are_elected_among_what_is_left_by_hand(merge_job: Checkpoints, tm
     assert len(set(expected)) > 1
 
 
+def test_what_is_left_has_the_norm_of_the_delta_by_hand(merge_job: Checkpoints, tmp_path: Path) -> None:
+    base, expert = {"w": torch.zeros(8)}, {"w": torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0, -8.0])}
+    options = {"rescale_by": "l1"}
+    recipe = merge_job([base, expert], method="dare_linear", parameters={"density": 0.5, "seed": 3}, options=options)
+    ties_dist.merge(recipe, tmp_path / "out")
+    kept = [v if drawn(3, 0, "w", i) < 1 << 23 else 0.0 for i, v in enumerate(expert["w"].tolist())]
+    scale = np.float32(36 / sum(map(abs, kept)))
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [
+        float(np.float32(v) * scale) for v in kept
+    ]
+    assert scale != 2 and 0 < sum(v == 0 for v in kept) < 8
+
+
+def test_what_has_no_norm_is_left_as_it_is(merge_job: Checkpoints, tmp_path: Path) -> None:
+    """Nothing moved; all of what moved dropped; less than 1e-7."""
+    base = {"equal": torch.ones(9), "tiny": torch.zeros(9), "gone": torch.ones(1)}
+    expert = {"equal": torch.ones(9), "tiny": torch.full((9,), 1e-9), "gone": torch.full((1,), 2.0)}
+    options, parameters = {"rescale_by": "l1"}, {"density": 0.5, "seed": 1}
+    recipe = merge_job([base, expert], method="dare_linear", parameters=parameters, options=options)
+    ties_dist.merge(recipe, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["equal"].tolist() == base["equal"].tolist()
+    assert set(found["tiny"].tolist()) == {0.0, float(np.float32(1e-9))}
+    assert drawn(1, 0, "gone", 0) >= 1 << 23 and found["gone"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("by", ["density", "l1"])
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_bytes_do_not_depend_on_units_threads_or_kernel(method: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_units_threads_or_kernel(
+    method: str, by: str, merge_job: Checkpoints, tmp_path: Path
+) -> None:
     models = random_models({"a": (1100, 700), "b": (3,), "c": (300, 999)}, experts=3, dtype=torch.bfloat16)
-    recipe = merge_job(models, method=method, parameters={"density": 0.3, "normalize": True})
+    options = {"rescale_by": by}
+    recipe = merge_job(models, method=method, parameters={"density": 0.3, "normalize": True}, options=options)
     digests = {
         ties_dist.merge(recipe, tmp_path / str(i), **options).output_digest  # type: ignore[arg-type]
         for i, options in enumerate(

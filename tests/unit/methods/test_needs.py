@@ -41,6 +41,8 @@ def test_statistics_of_data_are_asked_for_by_the_merge() -> None:
 def test_sums_are_asked_of_factors() -> None:
     assert Slerp().needs.stages == (Stage(of="factors", asks=(Sums(),)), Stage(of="merge"))
     assert (Slerp().products(1), ModelStock().products(2)) == (((0, 0), (0, 1), (1, 1)),) * 2
+    assert DareLinear().needs.sums is None and DareLinear(rescale=False, rescale_by="l1").needs.sums is None
+    assert DareLinear(rescale_by="l1").needs.sums == Sums()
     assert gram(3) == ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 

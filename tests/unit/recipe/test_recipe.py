@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub.utils import filter_repo_objects
 
 from ties_dist.errors import RecipeError
+from ties_dist.methods import known
 from ties_dist.recipe.options import OptionKeywords
 from ties_dist.recipe.recipe import MethodSpec, Options, Parameter, Recipe, Setting, layer_depths, load_recipe
 
@@ -501,6 +502,16 @@ def test_a_global_parameter_is_one_value(load: Load) -> None:
 
 
 # --- Semantics ------------------------------------------------------------------------------------------------------
+
+
+def test_an_option_that_a_preset_would_change_is_in_the_copy_of_the_recipe(root: Path) -> None:
+    document = ties(
+        models=[{"model": "math", "parameters": {"weight": 1.0}}],
+        ties_dist={"semantics": "mergekit", "density_of": "auto"},
+    )
+    recipe = load_recipe(document, methods=known.METHODS, root=root)
+    again = load_recipe(recipe.to_yaml(), methods=known.METHODS, root=root)
+    assert (again.options.density_of, again.canonical()) == ("auto", recipe.canonical())
 
 
 def test_presets_fill_what_is_not_given(load: Load) -> None:
