@@ -49,6 +49,7 @@ def write_job(
     *,
     shards: int = 1,
     options: Mapping[str, object] | None = None,
+    method: str = "ties",
     density: float = 0.42,
     weight: float | None = None,
 ) -> Path:
@@ -59,7 +60,7 @@ def write_job(
             write_checkpoint(folder / name, model, shards=shards, config={"model_type": "drill"})
             (folder / name / "tokenizer.json").write_text(json.dumps({"of": name}))
     recipe = {
-        "merge_method": "ties",
+        "merge_method": method,
         "base_model": "base",
         "models": [{"model": name} for name in names[1:]],
         "parameters": {"density": density, **({} if weight is None else {"weight": weight})},

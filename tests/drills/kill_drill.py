@@ -55,6 +55,7 @@ class Case:
     options: Mapping[str, object] = field(default_factory=dict)
     arguments: Sequence[str] = ()
     older_shards: int = 0
+    method: str = "ties"
 
 
 CASES = (
@@ -69,6 +70,7 @@ CASES = (
     ),
     Case(name="wrong prediction, float32", dtype=torch.float32, arguments=("--threshold-pass", "speculate")),
     Case(name="speculated, 1 shard over 3 older", arguments=("--overwrite",), older_shards=3),
+    Case(name="sums, 3 shards", shards=3, method="model_stock"),
     Case(
         name="3 shards over 1 older",
         shards=3,
@@ -128,7 +130,7 @@ class Drill:
         folder = self.folder / case.name.replace(" ", "-").replace(",", "")
         count = elements if case.dtype == torch.bfloat16 else elements // 2
         models = late_majority(count // 576 * 576, dtype=case.dtype)
-        recipe = write_job(folder / "new", models, shards=case.shards, options=case.options)
+        recipe = write_job(folder / "new", models, shards=case.shards, options=case.options, method=case.method)
         versions, older = {}, None
         if case.older_shards:
             source = write_job(folder / "old", models, shards=case.older_shards, density=0.9)

@@ -29,7 +29,7 @@ from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
-from ties_dist.methods import Method, TrimRule
+from ties_dist.methods import Method, Sums, TrimRule
 from ties_dist.methods.base import LAMBDA, count, density, float32
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,44 @@ class OneTooMany(Trimmed):
     def counted(self, operands, state):
         return [count(operands[0] > 0), count(operands[0] < 0), count(operands[0] == 0)]
 
+@dataclass(frozen=True, kw_only=True)
+class Units(Method):
+    """Adds up the deltas, each divided by its norm."""
+    name: ClassVar[str] = "units"
+    summary: ClassVar[str] = "deltas of length one"
+    operand: ClassVar[str] = "delta"
+    parameters: ClassVar[tuple] = ()
+
+    @property
+    def sums(self):
+        return Sums()
+
+    def products(self, experts):
+        return tuple((i, i) for i in range(experts))
+
+    def scalars(self, parameters, experts, sums):
+        return {"norm": [s ** 0.5 for s in sums]}
+
+    def state(self, parameters, experts, cuts, majority):
+        return {}
+
+    def merge(self, base, operands, extras, state, position):
+        for i, delta in enumerate(operands):
+            base = base + delta / state["norm"][i]
+        return base, []
+
+class Neighbours(Units):
+    def factors(self, base, operands, extras, state, position):
+        return [delta.roll(1) for delta in operands]
+
+class Alone(Units):
+    def products(self, experts):
+        return ((0,),)
+
+class Fewer(Units):
+    def factors(self, base, operands, extras, state, position):
+        return []
+
 class NoMethod:
     pass
 
@@ -137,6 +175,35 @@ def test_it_merges_as_its_code_says(package: str, merge_job: Checkpoints, tmp_pa
     recipe = merge_job([base, *experts], method=f"{package}:Largest", parameters={"lambda": 2.0})
     ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [2.0, -1.0, 1.0]
+
+
+def test_one_that_takes_sums_merges_as_its_code_says(package: str, merge_job: Checkpoints, tmp_path: Path) -> None:
+    base = {"v": torch.tensor([1.0]), "w": torch.tensor([1.0, 1.0])}
+    experts = [
+        {"v": torch.tensor([9.0]), "w": torch.tensor([4.0, 5.0])},
+        {"v": torch.tensor([-1.0]), "w": torch.tensor([1.0, 3.0])},
+    ]
+    recipe = merge_job([base, *experts], method=f"{package}:Units")
+    ties_dist.merge(recipe, tmp_path / "out", allow_external_methods=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["v"].tolist() == [1.0]
+    assert found["w"].tolist() == pytest.approx([1 + 0.6, 1 + 0.8 + 1.0])
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("Neighbours", "`units` cannot merge slice by slice: .*an element of the result may follow only"),
+        ("Fewer", r"`units`: its `factors` returns .*, not a list of at least 1 factors, as `products` names them"),
+        ("Alone", r"`units`: its `products` gives no pairs of factors: \(0,\) is none"),
+    ],
+)
+def test_one_whose_sums_cannot_be_taken_is_refused_while_planning(
+    method: str, words: str, package: str, merge_job: Checkpoints
+) -> None:
+    models = random_models({"w": (3, 4)}, experts=2)
+    with pytest.raises(RecipeError, match=words):
+        ties_dist.plan(merge_job(models, method=f"{package}:{method}"), allow_external_methods=True)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_the_digest_does_not_depend_on_how_sums_are_taken(
     expected = ties_dist.merge(recipe, tmp_path / "out").output_digest
     for i, settings in enumerate(SETTINGS):
         monkeypatch.setattr("ties_dist.values.stretches.BLOCKS_AT_ONCE", 1 + i)
-        monkeypatch.setattr("ties_dist.worker.summing.AT_ONCE", 1 << (15 - i))
+        monkeypatch.setattr("ties_dist.worker.summing.AT_ONCE", 1 << (16 - i))
         assert ties_dist.merge(recipe, tmp_path / str(i), **settings).output_digest == expected  # type: ignore[arg-type]
     assert on_a_fleet(recipe, tmp_path / "fleet") == expected
     found = verify(LocalPlace(tmp_path / "out"), RunOptions(), sample=1.0, progress=Silent())

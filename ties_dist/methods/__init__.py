@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ties_dist.methods.base import Cut, Found, Method, State
     from ties_dist.methods.known import METHODS, known_methods
     from ties_dist.methods.linear import Linear
-    from ties_dist.methods.needs import TrimRule
+    from ties_dist.methods.needs import Sums, TrimRule
     from ties_dist.methods.task_arithmetic import TaskArithmetic
     from ties_dist.methods.ties import Ties
 
@@ -23,6 +23,7 @@ _WHERE = {
     "Linear": "linear",
     "Method": "base",
     "State": "base",
+    "Sums": "needs",
     "TaskArithmetic": "task_arithmetic",
     "Ties": "ties",
     "TrimRule": "needs",
@@ -36,6 +37,7 @@ __all__ = [
     "Linear",
     "Method",
     "State",
+    "Sums",
     "TaskArithmetic",
     "Ties",
     "TrimRule",

@@ -16,7 +16,7 @@ from ties_dist.declared import unfit
 from ties_dist.errors import RecipeError
 from ties_dist.messages import nearest
 from ties_dist.methods.base import Cut, Found, Method, State, float32
-from ties_dist.methods.needs import MajoritySign, Needs, Product, Sums, TrimRule
+from ties_dist.methods.needs import ONE, MajoritySign, Needs, Product, Sums, TrimRule
 from ties_dist.methods.outside import asking, defined, is_ours
 from ties_dist.planning.plan import MergePlan
 from ties_dist.recipe.recipe import Recipe
@@ -61,7 +61,8 @@ def method_of(recipe: Recipe) -> Method:
     if method.needs.sums is not None:
         with asking(spec, "products"):
             pairs = method.products(len(recipe.experts))
-        if wrong := unfit(pairs, tuple[Product, ...]):
+        strange = [pair for pair in pairs if unfit(pair, Product) or len(pair) != 2 or pair[0] < 0 or pair[1] < ONE]
+        if wrong := unfit(pairs, tuple[object, ...]) or (f"{strange[0]} is none" if strange else None):
             raise _refused(spec, "products", f"gives no pairs of factors: {wrong}")
     return method
 

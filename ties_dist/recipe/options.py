@@ -74,6 +74,7 @@ class OptionKeywords(TypedDict, total=False):
     non_float: Literal["error", "base"]
     output: Literal["model", "adapter"]
     gram: Literal["mean", "sum"]
+    rescale_by: Literal["density", "l1"]
     companions: Sequence[str]
     tie_word_embeddings: Literal["as stored", False]
 

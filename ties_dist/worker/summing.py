@@ -13,11 +13,11 @@ import numpy as np
 from ties_dist.compiler.slices import Slice, numbers, part
 from ties_dist.kernels.sums import LANES, add_products, combined
 from ties_dist.values.stretches import BLOCK_ELEMENTS, Stretch, Vector
-from ties_dist.values.views import Encoded, Operand
+from ties_dist.values.views import DECODED_AT_ONCE, Encoded, Operand
 from ties_dist.worker.merging import Worker
 
-AT_ONCE = 1 << 15
-"""Elements of a block: a multiple of the lanes, and no more than a view decodes."""
+AT_ONCE = DECODED_AT_ONCE
+"""Elements of a block, a multiple of the lanes: as many as a view decodes. With fewer threads wait for each other."""
 
 
 def sum_stretch(worker: Worker, stretch: Stretch) -> tuple[Vector, ...]:
