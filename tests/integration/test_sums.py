@@ -25,10 +25,10 @@ from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import prepare
 from ties_dist.progress import Silent
 from ties_dist.storage.local_place import LocalPlace
+from ties_dist.storage.memory import MemoryWriter
 from ties_dist.values.stretches import BLOCK_ELEMENTS, Stretch
-from ties_dist.worker.merging import Worker
-from ties_dist.worker.operations import SumStretch
-from ties_dist.worker.summing import sum_stretch
+from ties_dist.worker.merging import MergeStep, Worker
+from ties_dist.worker.summing import SumStretch
 
 SHAPES = {"a.weight": (1200, 901), "b.weight": (512, 512), "c.bias": (701,), "d.scale": (), "e.empty": (0, 7)}
 BLOCKS = 5 + 1 + 1 + 1
@@ -122,7 +122,8 @@ def test_sums_are_right(merge_job: Checkpoints) -> None:
     plan = prepare(recipe_of("model_stock", merge_job, torch.float32), RunOptions()).plan
     models = random_models(SHAPES, experts=3)
     deltas = [(m["a.weight"] - models[0]["a.weight"]).reshape(-1).double().numpy() for m in models[1:]]
-    (found,) = sum_stretch(Worker(plan, opener(plan.models, "mmap", reread_bytes=None)), Stretch("a.weight", 4, 5))
+    step = MergeStep(Worker(plan, opener(plan.models, "mmap", reread_bytes=None)), MemoryWriter())
+    (found,) = SumStretch()(step, Stretch("a.weight", 4, 5))
     last = slice(4 * BLOCK_ELEMENTS, None)
     exact = [math.fsum((deltas[i][last] * deltas[j][last]).tolist()) for i in range(3) for j in range(i, 3)]
     assert np.allclose(found, exact, rtol=1e-13, atol=0)

@@ -16,7 +16,7 @@ from ties_dist.engine.totals import Totals
 from ties_dist.errors import NumericError, ProofError
 from ties_dist.executors.base import Executor
 from ties_dist.messages import listing
-from ties_dist.methods.base import Scalars
+from ties_dist.methods.scalars import Scalars
 from ties_dist.output.journal import Record
 from ties_dist.planning.plan import MergePlan
 from ties_dist.planning.sample import sample_slices

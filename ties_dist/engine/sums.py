@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ties_dist.executors.base import Executor
-from ties_dist.methods.base import Scalars
+from ties_dist.methods.scalars import Scalars
 from ties_dist.output.journal import KnownSums
 from ties_dist.planning.plan import MergePlan
 from ties_dist.values.items import Portion
 from ties_dist.values.stretches import BLOCK_ELEMENTS, Stretch, Vector, blocks_of, stretches
 from ties_dist.worker.merging import MergeStep
-from ties_dist.worker.operations import SumStretch
+from ties_dist.worker.summing import SumStretch
 
 
 @dataclass

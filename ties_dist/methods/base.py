@@ -16,14 +16,13 @@ import numpy as np
 
 from ties_dist.methods.needs import Ask, DataStatistics, MajoritySign, Needs, Product, Stage, Sums, TrimRule, gram
 from ties_dist.methods.parameter import Parameter
+from ties_dist.methods.scalars import Scalars
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 State = dict[str, np.ndarray]
 """The numbers one slice is merged with, by name: float32, 0-d or (experts,). `merge` gets its own as tensors."""
-Scalars = tuple[tuple[str, float | tuple[float, ...]], ...]
-"""Numbers of a state as they travel: rounded to float32, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ from functools import cached_property
 import xxhash
 
 from ties_dist.dtypes import ITEM_BYTES
-from ties_dist.methods.base import Method, Scalars, float32
+from ties_dist.methods.base import Method, float32
 from ties_dist.methods.needs import Needs, Product
+from ties_dist.methods.scalars import Scalars
 from ties_dist.planning.layout import Layout, TensorSpec
 from ties_dist.storage.digests import digest
 from ties_dist.values.counters import Counters

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ties_dist.methods.base import Scalars
+from ties_dist.methods.scalars import Scalars
 from ties_dist.storage.base import BLOCK_BYTES
 from ties_dist.storage.digests import digest
 from ties_dist.thresholds import Cuts

@@ -22,7 +22,8 @@ from ties_dist.compiler.kinds import KernelKind
 from ties_dist.compiler.native import KernelStore
 from ties_dist.compiler.slices import Slice, sliced, stored
 from ties_dist.dtypes import ITEM_BYTES, LOOP_BYTES, TYPES, DType
-from ties_dist.methods.base import Cut, Found, Scalars, State
+from ties_dist.methods.base import Cut, Found, State
+from ties_dist.methods.scalars import Scalars
 from ties_dist.planning.layout import Segment, TensorSpec
 from ties_dist.storage.base import Writer
 from ties_dist.storage.buffers import Buffers

@@ -14,7 +14,6 @@ from ties_dist.storage.digests import block_digests, digest
 from ties_dist.thresholds import Cuts, Window
 from ties_dist.values.items import MergeResult, WorkItem
 from ties_dist.values.observation import Observation
-from ties_dist.values.stretches import Stretch, Vector
 from ties_dist.worker.matrices import Solved
 from ties_dist.worker.merging import MergeStep, Worker
 
@@ -48,16 +47,6 @@ class SelectTensor:
 
     def __call__(self, step: MergeStep, tensor: str) -> tuple[Cuts, dict[tuple[int, str], int]]:
         return step.worker.select(tensor, step.worker.plan.sizes[tensor])
-
-
-@dataclass(frozen=True)
-class SumStretch:
-    """The sums that a stage asks for, of each block of a stretch."""
-
-    def __call__(self, step: MergeStep, stretch: Stretch) -> tuple[Vector, ...]:
-        from ties_dist.worker.summing import sum_stretch  # numba takes half a second to import
-
-        return sum_stretch(step.worker, stretch)
 
 
 @dataclass(frozen=True)

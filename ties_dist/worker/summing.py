@@ -7,25 +7,31 @@ products up. A few thousand elements at a time: factors stay in the second-level
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ties_dist.compiler.slices import Slice, numbers, part
-from ties_dist.kernels.sums import LANES, add_products, combined
 from ties_dist.values.stretches import BLOCK_ELEMENTS, Stretch, Vector
 from ties_dist.values.views import DECODED_AT_ONCE, Encoded, Operand
-from ties_dist.worker.merging import Worker
+from ties_dist.worker.merging import MergeStep, Worker
 
 AT_ONCE = DECODED_AT_ONCE
 """Elements of a block, a multiple of the lanes: as many as a view decodes. With fewer threads wait for each other."""
 
 
-def sum_stretch(worker: Worker, stretch: Stretch) -> tuple[Vector, ...]:
+@dataclass(frozen=True)
+class SumStretch:
     """The sums of each block of a stretch. NaN and Inf go into them as they are: the merge counts and names those."""
-    return tuple(_sum_block(worker, stretch.tensor, block) for block in range(stretch.first, stretch.stop))
+
+    def __call__(self, step: MergeStep, stretch: Stretch) -> tuple[Vector, ...]:
+        blocks = range(stretch.first, stretch.stop)
+        return tuple(_sum_block(step.worker, stretch.tensor, block) for block in blocks)
 
 
 def _sum_block(worker: Worker, tensor: str, block: int) -> Vector:
+    from ties_dist.kernels.sums import LANES, add_products, combined  # numba takes half a second to import
+
     products = worker.plan.products
     start = block * BLOCK_ELEMENTS
     stop = min(worker.plan.sizes[tensor], start + BLOCK_ELEMENTS)
