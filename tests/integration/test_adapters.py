@@ -154,14 +154,17 @@ def test_any_cut_reads_the_same_bytes(variant: str, base: dict[str, Tensor], tmp
     check()
 
 
-def test_the_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("method", "parameters"), [("ties", {"density": 0.2}), ("model_stock", {})])
+def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
+    method: str, parameters: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shapes = {"a.weight": (1500, 900), "b.weight": (900, 1500), "c": (400, 300)}
     write_checkpoint(tmp_path / "base", random_models(shapes, experts=0, dtype=torch.bfloat16)[0], shards=2)
     scaled = {n: t * 0.02 for n, t in (lora("a", 1500, 900, 8) | lora("b", 900, 1500, 8)).items()}
     write_adapter(tmp_path / "one", scaled, r=8)
     dora = lora("a", 1500, 900, 4, seed=5) | {"a.lora_magnitude_vector": torch.rand(1500)}
     write_adapter(tmp_path / "two", dora, use_dora=True)
-    recipe = write_recipe(tmp_path, "one", "base+two", method="ties", parameters={"density": 0.2})
+    recipe = write_recipe(tmp_path, "one", "base+two", method=method, parameters=parameters)
     digests = set()
     for i, options in enumerate(
         [

@@ -324,4 +324,8 @@ def methods_table() -> None:
 
 
 def _reads(method: type[Method]) -> str:
-    return "once, or twice where thresholds cannot be predicted" if "trim_scope" in method.options else "once"
+    if "trim_scope" in method.options:
+        return "once, or twice where thresholds cannot be predicted"
+    if "rescale_by" in method.options:
+        return "once, or twice with `rescale_by: l1`"
+    return "twice" if method().needs.sums is not None else "once"

@@ -29,7 +29,9 @@ class ModelStock(Method):
     operand: ClassVar[Operand] = "both"
     fewest: ClassVar[int] = 2
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        Parameter(name="filter_wise", kind="bool", default=False, only_default=True, note="a cosine for each row"),
+        Parameter(
+            name="filter_wise", kind="bool", default=False, only_default=True, note="true: a cosine for each row"
+        ),
     )
 
     @property

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ties_dist.compiler.slices import Slice, numbers, part
+from ties_dist.compiler.slices import Slice, part
+from ties_dist.dtypes import DType
 from ties_dist.values.stretches import BLOCK_ELEMENTS, Stretch, Vector
-from ties_dist.values.views import DECODED_AT_ONCE, Encoded, Operand
+from ties_dist.values.views import DECODED_AT_ONCE, Encoded
 from ties_dist.worker.merging import MergeStep, Worker
 
 AT_ONCE = DECODED_AT_ONCE
@@ -32,7 +33,7 @@ class SumStretch:
 def _sum_block(worker: Worker, tensor: str, block: int) -> Vector:
     from ties_dist.kernels.sums import LANES, add_products, combined  # numba takes half a second to import
 
-    products = worker.plan.products
+    products, types = worker.plan.products, worker.types(tensor)
     start = block * BLOCK_ELEMENTS
     stop = min(worker.plan.sizes[tensor], start + BLOCK_ELEMENTS)
     operands = [reader.read(tensor, start, stop) for reader in worker.operands]
@@ -40,7 +41,7 @@ def _sum_block(worker: Worker, tensor: str, block: int) -> Vector:
     lanes = np.zeros((len(products), LANES), np.float64)
     for low in range(0, stop - start, AT_ONCE):
         high = min(stop - start, low + AT_ONCE)
-        contents = _contents(worker, tensor, operands, low, high)
+        contents = [_content(o.content, kind, low, high) for o, kind in zip(operands, types, strict=True)]
         for kernel, into in zip(worker.factor_kernels, factors[:-1], strict=True):
             kernel([_slice(worker, tensor, contents, start + low, into[: high - low])])
         for (left, right), sums in zip(products, lanes, strict=True):
@@ -50,25 +51,18 @@ def _sum_block(worker: Worker, tensor: str, block: int) -> Vector:
     return tuple(combined(each) for each in lanes)
 
 
-def _contents(
-    worker: Worker, tensor: str, operands: Sequence[Operand], low: int, high: int
-) -> list[memoryview | Encoded]:
-    """Bytes of some elements of each operand; what is encoded is decoded here, once for all factors."""
-    return [
-        part(content, kind, low, high) if isinstance(content, memoryview) else _bytes(numbers(content, kind, low, high))
-        for content, kind in (
-            (operand.content, kind) for operand, kind in zip(operands, worker.types(tensor), strict=True)
-        )
-    ]
+def _content(content: memoryview | Encoded, kind: DType, low: int, high: int) -> memoryview:
+    """Bytes of some elements of an operand; what is encoded is decoded here, once for all factors."""
+    if isinstance(content, memoryview):
+        return part(content, kind, low, high)
+    return _bytes(content.decode(low, high))
 
 
 def _bytes(values: np.ndarray) -> memoryview:
     return values.data.cast("B")
 
 
-def _slice(
-    worker: Worker, tensor: str, contents: Sequence[memoryview | Encoded], position: int, into: np.ndarray
-) -> Slice:
+def _slice(worker: Worker, tensor: str, contents: Sequence[memoryview], position: int, into: np.ndarray) -> Slice:
     return Slice(
         operands=contents,
         types=worker.types(tensor),
