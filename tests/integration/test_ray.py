@@ -115,6 +115,15 @@ def test_thresholds_of_single_tensors_are_selected_by_the_workers(
     assert merge(semantics=semantics).output_digest == local.output_digest
 
 
+def test_sums_are_taken_by_the_workers(nodes: RayCluster, tmp_path: Path) -> None:
+    models = random_models({"a.weight": (1200, 901), "b.weight": (700,)}, experts=2, dtype=torch.bfloat16)
+    recipe = write_job(tmp_path, models, method="model_stock")
+    local = ties_dist.merge(recipe, tmp_path / "local")
+    away = ties_dist.merge(recipe, tmp_path / "out", executor="ray", threads=1, cluster=Cluster(workers=2))
+    assert away.output_digest == local.output_digest
+    assert away.bytes_read == local.bytes_read
+
+
 def test_matrices_are_merged_by_the_workers(nodes: RayCluster, tmp_path: Path) -> None:
     shapes = {f"layers.{i}.weight": (300, 200) for i in range(6)} | {"norm.weight": (200,)}
     draw = np.random.default_rng(0)
