@@ -74,6 +74,8 @@ def _methods() -> Iterator[Check]:
     yield Check(name="linear", method="linear")
     yield Check(name="dare_linear", method="dare_linear", parameters={**density, "seed": 3})
     yield Check(name="dare_ties", method="dare_ties", parameters=density)
+    yield Check(name="nearswap", method="nearswap", parameters={"t": 0.01}, weights=(1.0,))
+    yield Check(name="passthrough", method="passthrough", parameters={"scale": 0.5}, weights=(1.0,))
     yield Check(name="fisher", method="fisher")
     yield Check(name="regmean", method="regmean")
 
@@ -229,7 +231,7 @@ def _recipe(check: Check, models: Sequence[Path]) -> dict[str, object]:
     base, *experts = models
     listed = [
         {"model": str(expert), "parameters": {"weight": weight}}
-        for expert, weight in zip(experts, check.weights, strict=True)
+        for expert, weight in zip(experts, check.weights, strict=False)
     ]
     options = {**check.options}
     if "elect_from" in options:

@@ -222,11 +222,14 @@ def trim(delta: Array, density: float, tie_policy: Literal["keep_all", "exact_k"
 
     keep_all: T = the (d - k)-th smallest magnitude, keep >= T: k + 1 entries without ties (the published rule).
     exact_k:  T = the k-th largest; of the entries equal to T the first ones in flat order fill up to k.
+    A density of 0 keeps nothing, whatever the policy.
     """
     numel = delta.size
     k = max(least_kept, int(numel * density))
     magnitude = np.abs(delta)
     nothing = np.zeros(numel, dtype=bool)
+    if density == 0:
+        return Trim(keep=nothing, threshold=None, ties=0, ambiguous=nothing)
     if numel == 0 or k >= numel:
         return Trim(keep=~nothing, threshold=0.0, ties=0, ambiguous=nothing)
     ascending = np.sort(magnitude)
@@ -521,3 +524,18 @@ def model_stock(
 def _dot(left: Array, right: Array) -> float:
     """Rounded once: products of float32 are exact in float64, and fsum adds without an error."""
     return math.fsum((left.astype(np.float64) * right.astype(np.float64)).tolist())
+
+
+def nearswap(base: Model, other: Model, *, t: PerTensor, out_dtype: str | None = None) -> dict[str, Array]:
+    """s other + (1 - s) base, where s = t / max(|base - other|, 1e-6), but within [0, 1]."""
+    layout = _layout([base, other], ())
+    ours, theirs = layout.flatten(base), layout.flatten(other)
+    reciprocal = np.float32(1) / np.maximum(np.abs(ours - theirs), np.float32(1e-6))
+    share = np.clip(reciprocal * layout.spread(t), np.float32(0), np.float32(1))
+    return _assemble(layout, share * theirs + (np.float32(1) - share) * ours, base, out_dtype)
+
+
+def passthrough(model: Model, *, scale: PerTensor = 1.0, out_dtype: str | None = None) -> dict[str, Array]:
+    """One model, each element times the scale."""
+    layout = _layout([model], ())
+    return _assemble(layout, layout.flatten(model) * layout.spread(scale), model, out_dtype)

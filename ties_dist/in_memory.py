@@ -21,6 +21,7 @@ from ties_dist.errors import RecipeError
 from ties_dist.executors.local import LocalExecutor
 from ties_dist.inputs.vocabulary import beside_base
 from ties_dist.methods.known import METHODS
+from ties_dist.planning.arrange import models_of
 from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, assemble
 from ties_dist.progress import LogProgress
@@ -65,10 +66,11 @@ def merge_state_dicts(
     document |= {"ties_dist": block} if block else {}
     document |= {key: value for key, value in (("dtype", dtype), ("out_dtype", out_dtype)) if value}
     recipe = load_recipe(document, methods=METHODS, semantics=semantics, fetch=lambda location: Path(location.text))
-    parts = [base if base is not None else experts[0], *experts, *([elect_from] if elect_from is not None else [])]
-    opened = [_in_memory(name, tensors) for name, tensors in zip(("base", *names, "elect_from"), parts, strict=False)]
+    named = {"memory/base": base, **dict(zip(names, experts, strict=True)), "memory/elect-from": elect_from}
+    models = [str(reference.path) for reference in models_of(recipe)]
+    opened = _open({name: tensors for name, tensors in named.items() if tensors is not None}, models)
     chosen = RunOptions(threads=threads, kernel=kernel)
-    job = assemble(recipe, opened, [str(i) for i in range(len(opened))], chosen)
+    job = assemble(recipe, opened, models, chosen)
     readers = {
         m.path: beside_base(c.opened, opened[0].opened)
         for m, c in zip((job.plan.base, *job.plan.experts, *job.plan.extras), opened, strict=True)
@@ -84,10 +86,16 @@ def merge_state_dicts(
         keeper=Forgetful(),
         progress=LogProgress(),
     ).run()
-    return _tensors(job, writer, parts[0])
+    return _tensors(job, writer, base if base is not None else experts[0])
 
 
 _HEADER_NAMES = {torch_dtype(name): header for header, name in TORCH_NAMES.items()}
+
+
+def _open(given: Mapping[str, Mapping[str, Tensor]], models: Sequence[str]) -> list[Checkpoint]:
+    """One for each of `models`; who is named twice is opened once."""
+    held = {name: _in_memory(name.removeprefix("memory/"), tensors) for name, tensors in given.items()}
+    return [held[name] for name in models]
 
 
 def _in_memory(name: str, tensors: Mapping[str, Tensor]) -> Checkpoint:

@@ -21,7 +21,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -76,6 +76,7 @@ class Case:
     parameters: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
     base_listed: bool = False
+    listed_in: Literal["models", "slices", "modules"] = "models"
     base_merged: bool = False  # a base that is named and not listed, as the last model
     # The oracle: keyword arguments of oracle.ties, task_arithmetic or linear.
     oracle: dict[str, Any] | None = field(default_factory=dict)  # None: nothing is equal element by element
@@ -274,6 +275,53 @@ CASES = {
         parameters={"density": 1.0, "lambda": 0.4},
         oracle={"weights": (0.5, -1.0, 0.3), "lam": 0.4},
     ),
+    "dare_linear, density by default": Case(
+        method="dare_linear",
+        experts=2,
+        per_model=weights(0.5, -1.0),
+        oracle={"weights": (0.5, -1.0)},
+    ),
+    "ties, a gradient of density from 0": Case(
+        experts=2,
+        per_model=weights(0.5, 1.0),
+        parameters={"density": [0, 0.3, 1]},
+        oracle={"density": by_layer(0, 0.3, 1), "weights": (0.5, 1.0)},
+        gain=2.0,
+    ),
+    "ties in a slice over all layers": Case(
+        experts=2,
+        per_model=weights(0.5, [0.2, 0.4, 1.5]),
+        parameters={"density": 0.3},
+        base_listed=True,
+        listed_in="slices",
+        oracle={"density": 0.3, "weights": (0.5, by_layer(0.2, 0.4, 1.5))},
+        gain=4.0,
+    ),
+    "task arithmetic in a module": Case(
+        method="task_arithmetic",
+        experts=2,
+        per_model=weights(0.5, -0.25),
+        base_listed=True,
+        listed_in="modules",
+        oracle={"weights": (0.5, -0.25)},
+    ),
+    "nearswap": Case(method="nearswap", experts=1, per_model=({},), parameters={"t": 5e-4}, oracle={"t": 5e-4}),
+    "nearswap, base listed, t by layer, negative and beyond all differences": Case(
+        method="nearswap",
+        experts=1,
+        per_model=({},),
+        parameters={"t": [-1, 1e-3, 7]},
+        base_listed=True,
+        oracle={"t": by_layer(-1, 1e-3, 7)},
+    ),
+    "passthrough": Case(method="passthrough", experts=1, per_model=({},)),
+    "passthrough, scaled by filter": Case(
+        method="passthrough",
+        experts=1,
+        per_model=({"scale": [{"filter": "mlp", "value": 0.3}, {"value": -2}]},),
+        oracle={"scale": by_filter("mlp", 0.3, -2)},
+        gain=2.0,
+    ),
     "dare_ties with nothing dropped": Case(
         method="dare_ties",
         experts=4,
@@ -393,12 +441,21 @@ def recipe_of(case: Case, root: Path) -> dict[str, Any]:
     ]
     if case.base_listed:
         listed = [{"model": str(folder / "base")}, *listed]
-    recipe: dict[str, Any] = {"merge_method": case.method, "models": listed, "dtype": "float32"} | case.top
-    if case.method != "linear" or case.base_merged:
+    recipe: dict[str, Any] = {"merge_method": case.method, **under(case.listed_in, listed), "dtype": "float32"}
+    recipe |= case.top
+    if case.method not in ("linear", "passthrough") or case.base_merged:
         recipe["base_model"] = str(folder / "base")
     if case.parameters:
         recipe["parameters"] = case.parameters
     return recipe
+
+
+def under(key: str, listed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Models as a recipe lists them: by themselves, in a slice over all layers, or in one inside of a module."""
+    if key == "models":
+        return {key: listed}
+    slices = [{"sources": [{**each, "layer_range": [0, LAYERS]} for each in listed]}]
+    return {"slices": slices} if key == "slices" else {"modules": {"default": {"slices": slices}}}
 
 
 def find_mergekit() -> Path | None:
@@ -476,6 +533,10 @@ def merge_with_oracle(case: Case) -> tuple[dict[str, Array], Allowance]:
         if case.method == "slerp":
             return oracle.slerp(base, experts[0], out_dtype=case.out_dtype, **case.oracle), allowance
         return oracle.model_stock(base, experts, out_dtype=case.out_dtype), allowance
+    if case.method == "nearswap":
+        return oracle.nearswap(base, experts[0], out_dtype=case.out_dtype, **case.oracle), Allowance(gain=case.gain)
+    if case.method == "passthrough":
+        return oracle.passthrough(experts[0], out_dtype=case.out_dtype, **case.oracle), Allowance(gain=case.gain)
     if case.method in ("task_arithmetic", "dare_linear"):
         every_delta = oracle.ties(base, experts, density=1.0, weights=case.oracle["weights"]).statistics
         allowance = Allowance(magnitude=every_delta.magnitude if case.experts >= 5 else None, gain=case.gain)

@@ -386,7 +386,10 @@ def test_yaml_tags_are_refused_and_never_run(
         ({"ties_dist": {"elect": "mas"}}, ("ties_dist.elect: no value 'mas'; did you mean 'mass'?",)),
         ({"dtype": "float8"}, ("dtype: no dtype 'float8'",)),
         ({"base_model": "bse"}, ("base_model: 'bse' is not there",)),
-        ({"parameters": {"density": [0.1, 0.3]}}, ("varies inside the model", "trim_scope: tensor")),
+        (
+            {"parameters": {"density": [0.1, 0.3]}, "ties_dist": {"trim_scope": "model"}},
+            ("varies inside the model", "trim_scope: tensor"),
+        ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )

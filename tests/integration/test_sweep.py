@@ -111,6 +111,15 @@ def test_a_model_with_a_density_of_its_own_is_refused(merge_job: Checkpoints, tm
     assert len(ties_dist.sweep(recipe, tmp_path / "out", lam=[1.0, 2.0])) == 2
 
 
+def test_a_slice_with_a_lambda_of_its_own_is_refused(merge_job: Checkpoints, tmp_path: Path) -> None:
+    document = json.loads(merge_job(random_models({"a.weight": (30, 10)}, experts=1)).read_text())
+    sources = [{"model": "expert-0", "layer_range": [0, 2]}]
+    document["slices"] = [{"sources": sources, "parameters": {"lambda": 2}}]
+    (tmp_path / "slices.yml").write_text(json.dumps(document | {"models": None}))
+    with pytest.raises(RecipeError, match=r"slices\[0\]\.parameters sets lambda itself"):
+        ties_dist.sweep(tmp_path / "slices.yml", tmp_path / "out", lam=[1.0, 2.0])
+
+
 def test_a_stopped_sweep_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ties_dist.engine.passes.COMMIT_SECONDS", -1.0)
     recipe, out = write_job(tmp_path, late_majority(6 * 9 * 64 * 4608)), tmp_path / "out"

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ties_dist.cli.checking import check_command
+from ties_dist.cli.mergekit import understands_mergekit
 from ties_dist.cli.options import TALK, alone, takes
 from ties_dist.cli.terminal import (
     SIGINT_STATUS,
@@ -69,18 +71,34 @@ def cli(log_format: str) -> None:
     """Merge fine-tuned checkpoints that do not fit in memory: exact, bounded, resumable."""
 
 
+cli.add_command(check_command)
+
+
 @cli.command("merge")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @takes(MergeKeywords)
 @TALK
-def merge_command(recipe: Path, out: Path, options: MergeKeywords, as_json: bool, verbose: int, quiet: bool) -> None:
-    """Merge the models of RECIPE into the folder OUT; resumes an interrupted merge by itself."""
+@understands_mergekit
+def merge_command(
+    recipe: Path,
+    out: Path,
+    options: MergeKeywords,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+    answers: list[str],
+) -> None:
+    """Merge the models of RECIPE into the folder OUT; resumes an interrupted merge by itself.
+
+    The flags of mergekit-yaml are understood, too.
+    """
     if options["executor"] != "ray" and options["cluster"] != Cluster():
         raise click.UsageError(
             "--address, --workers, --worker-timeout, --worker-resource and --node-label go with --executor ray."
         )
     log(verbose, quiet)
+    say(quiet, answers)
     with signals() as stop:
         from ties_dist.api import merge
         from ties_dist.cli.tables import merge_table

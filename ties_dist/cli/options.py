@@ -123,7 +123,7 @@ def _type(option: Option) -> click.ParamType[object] | Callable[[str], object]:
     if option.said.unit == "bytes":
         return size
     if option.kind is int:
-        return click.IntRange(min=1)
+        return click.IntRange(min=option.said.least)
     if option.kind is float:
         return click.FloatRange(min=1)
     return click.Path(path_type=Path) if option.kind is Path else click.STRING

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.errors import printable
+from ties_dist.cli.console import console_of
 from ties_dist.messages import readable
 from ties_dist.methods.base import Method
 from ties_dist.methods.known import METHODS
@@ -25,30 +22,10 @@ if TYPE_CHECKING:
     from ties_dist.engine.forecast import PlanReport
     from ties_dist.sweeping.sweeping import Swept
 
-PIPE_WIDTH = 200
-"""Columns where there is no terminal to ask: rich would take 80 and cut names and numbers short."""
-
-
-class Output(Console):
-    """Standard output: what is shown of names is printable, and a broken pipe is the command's matter."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text), **options)
-
-    def on_broken_pipe(self) -> None:
-        """Left to the command, which knows whether its work is done; rich would end the process."""
-        raise  # what it is called for
-
-
-def _console() -> Console:
-    """Standard output; names and paths are printed as they are, and no table is squeezed into a pipe."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Output(highlight=False, markup=False, emoji=False, width=width)
-
 
 def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> None:
     """Leads with density asked against share kept: ties make them differ."""
-    console = _console()
+    console = console_of()
     if report.already_done:
         console.print(f"already done: {out} holds this merge (digest {report.output_digest})", soft_wrap=True)
         return
@@ -100,7 +77,7 @@ def merge_table(report: MergeReport, out: Path, *, tensors: bool = False) -> Non
 
 def sweep_table(done: Sequence[Swept]) -> None:
     """One row an output; below it what all of them read together."""
-    console = _console()
+    console = console_of()
     names = list(done[0].variant.values)
     table = Table(*names, "kept, per expert", "sign conflicts")
     table.add_column("digest", no_wrap=True)
@@ -127,7 +104,7 @@ def sweep_table(done: Sequence[Swept]) -> None:
 
 def analysis_table(found: Analysis, *, detailed: bool = False) -> None:
     """Experts, then what is between them, and last what to act on. detailed: also by layer and by tensor."""
-    console, moved = _console(), [e.name for e in found.experts if e.of_moved]
+    console, moved = console_of(), [e.name for e in found.experts if e.of_moved]
     console.print(
         f"{found.elements:,} elements, {len(found.experts)} experts, base '{found.base}'; trimmed over the whole model "
         f"to density {found.density:g}" + (f" (of what differs: {', '.join(moved)})" if moved else ""),
@@ -204,7 +181,7 @@ def _groups(title: str, groups: Sequence[Group]) -> Table:
 
 
 def plan_table(report: PlanReport) -> None:
-    console = _console()
+    console = console_of()
     table = Table(show_header=False)
     best, worst = report.passes
     reads = [readable(b) for b in report.read_bytes]
@@ -269,7 +246,7 @@ def inspect_document(found: Checkpoint) -> dict[str, object]:
 
 
 def inspect_table(found: Checkpoint) -> None:
-    console = _console()
+    console = console_of()
     dtypes = Counter[str]()
     for entry in found.tensors.values():
         dtypes[entry.dtype] += entry.numel
@@ -310,7 +287,7 @@ def methods_document() -> list[dict[str, object]]:
 
 
 def methods_table() -> None:
-    console = _console()
+    console = console_of()
     for name, method in METHODS.items():
         console.print(f"{name}: {method.summary}", soft_wrap=True)
         table = Table("parameter", "default", "per model", "")

@@ -108,6 +108,12 @@ class Difference:
         return f"{self.word} {brief(self.expert)} (the base's: {brief(self.base)})"
 
 
+def layer_counts(config: Config | None) -> set[int]:
+    """How many layers a config says that the model, or a part of it, has."""
+    said = (part.get("num_hidden_layers") for part in parts(config or {}).values())
+    return {count for count in said if isinstance(count, int)}
+
+
 def differences(base: Config | None, expert: Config | None) -> list[Difference]:
     """What both configs say, and say differently; sorted by what it is called."""
     if not base or not expert:

@@ -234,7 +234,6 @@ def density(note: str) -> Parameter:
         per_tensor=True,
         minimum=0.0,
         maximum=1.0,
-        minimum_exclusive=True,
         note=note,
     )
 

@@ -30,7 +30,7 @@ class DareLinear(TaskArithmetic):
     name: ClassVar[str] = "dare_linear"
     summary: ClassVar[str] = "drop entries of each delta at random, rescale the rest, then task arithmetic"
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        density("share of each delta that is not dropped, (0, 1]"),
+        density("share of each delta that is not dropped, [0, 1]"),
         WEIGHT,
         LAMBDA,
         Parameter(name="rescale", kind="bool", default=True, note="enlarge what is left as `rescale_by` says"),
@@ -93,9 +93,10 @@ class DareLinear(TaskArithmetic):
         majority: int,
     ) -> State:
         densities = [e["density"] for e in experts]
+        shares = [density or 1.0 for density in densities]  # of density 0 nothing is left to be divided
         return {
             **super().state(parameters, experts, cuts, majority),
-            "density": float32(densities),
+            "density": float32(shares),
             "limit": limits(densities),
             **keys(int(parameters["seed"]), int(parameters["tensor"]), len(experts)),
         }

@@ -48,17 +48,22 @@ class TrimRule(Declared):
 
     def kept(self, numel: int, density: float) -> int:
         """k: entries to keep of `numel`, int(numel * density) in float64 as the published codes compute it."""
+        if density == 0:
+            return 0
         return min(numel, max(self.at_least, int(numel * density)))
 
     def rank(self, numel: int, density: float) -> int | None:
         """1-based rank, from the largest, of the threshold among `numel` magnitudes.
 
         None: no threshold, everything is kept. 0: nothing is kept. keep_all takes the (d-k)-th smallest, which is
-        the (k+1)-th largest: without ties k+1 entries survive, as in the published `kthvalue(d - k)`, `>=`.
+        the (k+1)-th largest: without ties k+1 entries survive, as in the published `kthvalue(d - k)`, `>=`. A density
+        of 0 keeps none all the same.
         """
         k = self.kept(numel, density)
         if k >= numel:
             return None
+        if density == 0:
+            return 0
         return k + 1 if self.tie_policy == "keep_all" else k
 
 

@@ -36,7 +36,7 @@ class Ties(Method):
     summary: ClassVar[str] = "trim each delta to its largest entries, elect a sign per parameter, average what agrees"
     operand: ClassVar[Literal["delta", "weight"]] = "delta"
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        density("share of each delta kept, (0, 1]; the paper's is 0.2"),
+        density("share of each delta kept, [0, 1]; the paper's is 0.2"),
         WEIGHT,
         LAMBDA,
         Parameter(name="normalize", kind="bool", default=True, note="false: plain sum instead of the disjoint mean"),

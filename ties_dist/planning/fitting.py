@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ties_dist.checkpoints.catalogue import Checkpoint
-from ties_dist.inputs.compatibility import shape_differences
+from ties_dist.errors import RecipeError
+from ties_dist.inputs.compatibility import layer_counts, shape_differences
 from ties_dist.inputs.congruence import Explanation
 from ties_dist.inputs.names import is_vocabulary
 from ties_dist.inputs.tokenizers import Tokenizer, compare_tokens
 from ties_dist.inputs.verdict import Side, judge
 from ties_dist.inputs.vocabulary import fit_rows, with_other_rows
+from ties_dist.messages import listing
 from ties_dist.methods.base import Method
 from ties_dist.recipe.recipe import Recipe
 
@@ -71,6 +73,19 @@ class Fitting:
             return False
         found = compare_tokens(self._tokenizers[0], self._tokenizers[position])
         return found is not None and not found.refused
+
+
+def check_layers(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
+    """A slice over all layers of its models is read as `models`. Raises RecipeError where it takes a part of them."""
+    problems = [
+        f"{model.name}: its config.json says {' and '.join(map(str, sorted(said)))}"
+        for model in models[: compared_models(recipe)]
+        if recipe.layers is not None and (said := layer_counts(model.config)) and recipe.layers not in said
+    ]
+    if problems:
+        title = f"layer_range ends at {recipe.layers}, but these models have another number of layers:"
+        advice = "Name all of their layers; a slice of a part of them is not supported yet."
+        raise RecipeError(listing(title, list(dict.fromkeys(problems)), advice))
 
 
 def _disagree(base: Tokenizer, other: Tokenizer) -> bool:

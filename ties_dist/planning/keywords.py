@@ -46,6 +46,7 @@ class ReadKeywords(TypedDict, total=False):
 class PlanKeywords(ReadKeywords, total=False):
     """Of `plan`: what decides on whether a merge may begin."""
 
+    random_seed: int | None
     fresh: bool
     overwrite: bool
 

@@ -37,6 +37,8 @@ class Said:
     unset: str | None = None
     switch: str | None = None
     metavar: str | None = None
+    least: int = 1
+    """Of a number."""
 
 
 def said(
@@ -46,9 +48,10 @@ def said(
     unset: str | None = None,
     switch: str | None = None,
     metavar: str | None = None,
+    least: int = 1,
 ) -> Mapping[str, Said]:
     """Metadata of a field that is an option."""
-    return {"said": Said(help=help, unit=unit, unset=unset, switch=switch, metavar=metavar)}
+    return {"said": Said(help=help, unit=unit, unset=unset, switch=switch, metavar=metavar, least=least)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +100,8 @@ def check(options: RunOptions | Cluster) -> None:
         value = getattr(options, each.name)
         if wrong := unfit(value, each.hint):
             raise PlanError(f"{each.name}: {wrong}{f', in {each.said.unit}' if each.said.unit else ''}")
-        if isinstance(value, int | float) and each.kind is not bool and value < 1:
-            raise PlanError(f"{each.name}: {value} is too small; it is at least 1.")
+        if isinstance(value, int | float) and each.kind is not bool and value < each.said.least:
+            raise PlanError(f"{each.name}: {value} is too small; it is at least {each.said.least}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,10 @@ class RunOptions:
     max_shard_size: int | None = field(
         default=None,
         metadata=said("Largest output shard; no tensor is split.", unit="bytes", unset="as the base"),
+    )
+    random_seed: int | None = field(
+        default=None,
+        metadata=said("Of methods that draw random numbers.", unset="as the recipe says, else 0", least=0),
     )
     executor: ExecutorName = field(
         default="auto",

@@ -24,7 +24,7 @@ from ties_dist.methods.base import Method
 from ties_dist.methods.known import known_methods
 from ties_dist.planning.admission import admit, method_of, unfit_numbers
 from ties_dist.planning.arrange import Inputs, arrange, models_of
-from ties_dist.planning.fitting import Fitting, compared_models
+from ties_dist.planning.fitting import Fitting, check_layers, compared_models
 from ties_dist.planning.layout import Layout, TensorSpec, lay_out
 from ties_dist.planning.memory import fit
 from ties_dist.planning.options import Resources, RunOptions
@@ -90,7 +90,9 @@ def prepare(
     options = options or RunOptions()
     _allow_many_files()
     methods = known_methods(allow_external=options.allow_external_methods)
-    chosen = load_recipe(recipe, methods=methods, semantics=options.semantics, root=root, fetch=fetch)
+    chosen = load_recipe(
+        recipe, methods=methods, semantics=options.semantics, seed=options.random_seed, root=root, fetch=fetch
+    )
     references = models_of(chosen)
     opened, identities = open_all(references, options.read_backend, reader)
     kept = Answers(options.cache / FOLDER)
@@ -134,6 +136,7 @@ def assemble(
 
     tokenizers: of the models that are compared, in that order; none are known of models in memory.
     """
+    check_layers(recipe, opened)
     method, resources, equality = method_of(recipe), resources or options.resources(), equality or Equality()
     aliases = _find_aliases(recipe, method, opened, equality)
     folded = {id(each): aliases.fold(each) for each in opened}

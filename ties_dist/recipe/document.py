@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import yaml
 
 from ties_dist.errors import RecipeError
+from ties_dist.messages import listing
 
 _LARGEST_BYTES = 16 << 20
 """A recipe is a few KB; a checkpoint passed in its place must not be read into memory."""
@@ -35,7 +38,7 @@ def read_document(source: RecipeSource) -> tuple[Mapping[str, object], str, Path
     document: object = source
     if isinstance(source, Path):
         title, folder = f"recipe '{source}'", source.absolute().parent
-        document = _parse(_read_text(source, title), title)
+        document = _parse(_read_text(source, title), title, source.name)
     elif isinstance(source, str):
         document = _parse(source, title)
     if document is None:
@@ -114,10 +117,39 @@ def _excess(events: Iterable[yaml.Event]) -> str:
     return ""
 
 
-def _parse(text: str, title: str) -> object:
+def _one_of(documents: Sequence[object], text: str, file: str, title: str) -> object:
+    """The document, where there is one. Raises RecipeError, which names several and says how to run them."""
+    if sum(document is not None for document in documents) < 2:
+        return next((document for document in documents if document is not None), None)
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
+    marks = [event.start_mark for event in events if isinstance(event, yaml.DocumentStartEvent)]
+    starts = [mark.line for mark in marks if mark is not None]
+    ends = [*starts[1:], len(text.splitlines())]
+    steps, taken = [], set[str]()
+    for i, (document, start, end) in enumerate(zip(documents, starts, ends, strict=True)):
+        if document is not None:
+            name = _name(document) or f"recipe-{i + 1}"
+            name = f"{name}-{i + 1}" if name in taken else name
+            taken.add(name)
+            steps.append(
+                f"sed -n '{start + 1},{end}p' {shlex.quote(file)} > {name}.yml && ties-dist merge {name}.yml {name}"
+            )
+    title = (
+        f"{title} holds {len(steps)} recipes, and one is merged at a time. One by one they are run by, in its folder:"
+    )
+    raise RecipeError(listing(title, steps))
+
+
+def _name(document: object) -> str | None:
+    """What mergekit's tools call one of several documents, and its output, too."""
+    name = document.get("name") if isinstance(document, Mapping) else None
+    return name if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) else None
+
+
+def _parse(text: str, title: str, file: str = "RECIPE") -> object:
     _check_size(text, title)
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        documents = list(yaml.load_all(text, Loader=_StrictLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -129,3 +161,4 @@ def _parse(text: str, title: str) -> object:
         raise RecipeError(f"{title} is not valid YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{title} is not a recipe: it is nested too deeply") from None
+    return _one_of(documents, text, file, title)

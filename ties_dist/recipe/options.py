@@ -109,11 +109,15 @@ PRESET_DEFAULTS: Mapping[Semantics, Mapping[str, float | None]] = {
 }
 """Parameters whose default differs from the method's own; None: the recipe must give it."""
 
-_MERGEKIT_WOULD = {
+MERGEKIT_WOULD = {
     "trim_scope": "trim every tensor by itself instead of the whole model at once",
     "tie_policy": "keep exactly the share asked for, cutting through equal values",
     "zero_sign": "elect + where the experts cancel exactly",
+    "elect": "elect the sign of the sum",
+    "elect_from": "elect signs from the experts' own deltas",
+    "weight_before_elect": "weigh the deltas before the election",
 }
+"""What its preset means, option by option, where a recipe has it otherwise."""
 
 
 def complete_options(
@@ -147,8 +151,8 @@ def default_semantics_note(options: Options, given: frozenset[str]) -> str:
     """What a recipe that names no semantics gets, and what mergekit's would do differently."""
     would = [
         words
-        for name, words in _MERGEKIT_WOULD.items()
-        if name not in given and getattr(options, name) != PRESETS["mergekit"][name]
+        for name, words in MERGEKIT_WOULD.items()
+        if name in PRESETS["mergekit"] and name not in given and getattr(options, name) != PRESETS["mergekit"][name]
     ]
     would.append("require a weight for every expert and take density 1 where none is given")
     return f"No semantics named, so `paper`; `--semantics mergekit` would {'; '.join(would)}."

@@ -18,12 +18,14 @@ from ties_dist.errors import RecipeError
 from ties_dist.messages import listing
 from ties_dist.methods.outside import code_of
 from ties_dist.methods.parameter import Parameter
-from ties_dist.recipe.dialect import Draft, read_draft
+from ties_dist.recipe.dialect import read_dialect
 from ties_dist.recipe.document import read_document
-from ties_dist.recipe.options import COMMON_OPTIONS, Options
+from ties_dist.recipe.draft import Draft
+from ties_dist.recipe.options import COMMON_OPTIONS, Options, default_semantics_note
+from ties_dist.recipe.parameters import check_normalize, check_trim, drop_empty, read_parameters
 from ties_dist.recipe.references import ADAPTER_CONFIG, Location, ModelReference, fetch, is_adapter, unique_name
-from ties_dist.recipe.spec import MethodSpec
-from ties_dist.recipe.values import Setting, layer_depths
+from ties_dist.recipe.spec import MethodSpec, has_presets
+from ties_dist.recipe.values import Setting, constant, layer_depths
 
 __all__ = [
     "Expert",
@@ -63,6 +65,8 @@ class Recipe:
     elect_from: ModelReference | None = None
     dtype: str | None = None
     out_dtype: str | None = None
+    layers: int | None = None
+    """How many every model must have, where the recipe says it by a slice."""
     notes: tuple[str, ...] = ()
     """Sentences for the user."""
 
@@ -163,6 +167,7 @@ def load_recipe(
     *,
     methods: Mapping[str, MethodSpec],
     semantics: str | None = None,
+    seed: int | None = None,
     root: Path | None = None,
     fetch: Callable[[Location], Path] = fetch,
 ) -> Recipe:
@@ -171,10 +176,13 @@ def load_recipe(
     source: a file (Path), YAML text (str) or the mapping itself. methods: by name; a mapping may resolve names like
     `package.module:Class` in its `get`. semantics: the command line's, overrides the recipe's own. root: where
     relative model paths start, before the working directory; by default the recipe's folder. fetch: finds a model.
+    seed: the command line's, of random numbers.
     Raises RecipeError listing everything that is wrong. Models are downloaded only when nothing else is.
     """
     document, title, folder = read_document(source)
     draft = read_draft(document, methods=methods, semantics=semantics, roots=(root or folder, Path.cwd()))
+    if seed is not None and not draft.problems:
+        _reseed(draft, seed)
     _raise(draft.problems, title)
 
     paths: dict[Location, Path] = {}
@@ -189,6 +197,35 @@ def load_recipe(
     _raise(problems, title)
     _raise([problem for location in named for problem in _misplaced(location, draft, paths)], title)
     return _build(draft, paths)
+
+
+def read_draft(
+    document: Mapping[str, object],
+    *,
+    methods: Mapping[str, MethodSpec],
+    semantics: str | None,
+    roots: tuple[Path, ...],
+    here: bool = True,
+) -> Draft:
+    """Everything that can be checked without a model's files. Without problems, every location and `spec` is set."""
+    draft = Draft(document=document, methods=methods, roots=roots, here=here)
+    read_dialect(draft, semantics)
+    if draft.spec is not None:
+        read_parameters(draft, draft.spec)
+        drop_empty(draft, draft.spec)
+        if has_presets(draft.spec) and draft.options_valid:
+            check_trim(draft)
+            if semantics is None and "semantics" not in draft.given_options:
+                draft.notes.append(default_semantics_note(draft.options, draft.given_options))
+        check_normalize(draft, draft.spec)
+    return draft
+
+
+def _reseed(draft: Draft, seed: int) -> None:
+    if "seed" in draft.parameters:
+        draft.parameters["seed"] = constant(seed, "--random-seed")
+    else:
+        draft.notes.append(f"--random-seed has no effect: {draft.method} draws no random numbers.")
 
 
 def _misplaced(location: Location, draft: Draft, paths: Mapping[Location, Path]) -> Iterator[str]:
@@ -274,5 +311,6 @@ def _build(draft: Draft, paths: Mapping[Location, Path]) -> Recipe:
         elect_from=refer(draft.elect_from) if draft.elect_from else None,
         dtype=draft.dtype,
         out_dtype=draft.out_dtype,
+        layers=draft.parts.layers,
         notes=tuple(draft.notes),
     )

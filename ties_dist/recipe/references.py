@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -95,6 +95,11 @@ class Location:
         return self.identity[1]
 
     @property
+    def is_hub_id(self) -> bool:
+        """Whether it is written as the hub names models."""
+        return self.path is None and _HUB_ID.fullmatch(self.identity[0]) is not None
+
+    @property
     def short_name(self) -> str:
         """The last part of the path; a file's name without its suffix, or its folder's where that is just `model`."""
         if self.adapter is not None:
@@ -107,12 +112,45 @@ class Location:
         return path.name or "model"
 
 
+def spell(value: object) -> str | None:
+    """A model as text: a path, or mergekit's long form, `{model: {path: P, revision: R}, lora: {path: L}}`.
+
+    None where it is neither.
+    """
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value) or None
+    if not isinstance(value, Mapping) or not value:
+        return None
+    if value.keys() <= {"path", "revision"}:
+        path, revision = spell(value.get("path")), value.get("revision")
+        return f"{path}@{revision}" if path and isinstance(revision, str) else path if revision is None else None
+    if not value.keys() <= {"model", "lora", "override_architecture"}:
+        return None
+    model, lora = spell(value.get("model")), value.get("lora")
+    adapter = spell(lora)
+    return f"{model}+{adapter}" if model and adapter else model if lora is None else None
+
+
+def anywhere(text: str, roots: Sequence[Path], where: str = "") -> Location | str:
+    """As `locate`, for a recipe of another machine: what is not there is taken for what it is called."""
+    found = locate(text, roots, where)
+    written = _expanded(text)
+    if isinstance(found, Location) or any(os.path.lexists(root.absolute() / written) for root in roots):
+        return found
+    return Location(identity=(written, None), text=text, where=where)
+
+
+def _expanded(text: str) -> str:
+    """`~` and `$HOME` as a shell has them; of slashes in a row one, as every system but for a name's start has it."""
+    return re.sub("/{2,}", "/", os.path.expandvars(os.path.expanduser(text)))
+
+
 def locate(text: str, roots: Sequence[Path], where: str = "") -> Location | str:
     """The model a text names, or what is wrong with it. Relative paths are looked up in each root, in order.
 
     A path that exists wins over a hub id, as in mergekit; two different ones that exist are ambiguous.
     """
-    written = Path(os.path.expanduser(text))
+    written = _expanded(text)
     tried = tuple(dict.fromkeys(root.absolute() / written for root in roots))
     existing = [path for path in tried if os.path.exists(path)]
     if len({path.resolve() for path in existing}) > 1:
@@ -126,7 +164,7 @@ def locate(text: str, roots: Sequence[Path], where: str = "") -> Location | str:
         return f"'{text}' is neither a folder nor a .safetensors file; name the folder that holds the model"
     if "+" in text:
         return _locate_pair(text, roots, where)
-    match = _HUB_ID.fullmatch(text)
+    match = _HUB_ID.fullmatch(written.removesuffix("/"))
     if match is None or text.endswith(".safetensors"):
         return f"'{text}' is not there (no {_places(tried)}), and it is not a hub id (`org/name`, `org/name@revision`)"
     return Location(identity=(match["repo"], match["revision"]), text=text, where=where, tried=tried)

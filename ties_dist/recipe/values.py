@@ -42,12 +42,18 @@ class Setting:
     """The first whose filter is part of the tensor's name wins; nothing follows one without a filter."""
     where: str = field(default="", compare=False)
     """Key path in the recipe, for messages."""
+    origins: tuple[str, ...] = field(default=(), compare=False)
+    """Of each case its own key path, or which default it is."""
 
     def at(self, tensor: str, depth: float) -> float:
         """The value for one tensor; depth in [0, 1] as `layer_depths` gives it. Raises RecipeError if no case fits."""
-        for pattern, points in self.cases:
+        return _interpolate(self.cases[self.case_of(tensor)][1], depth)
+
+    def case_of(self, tensor: str) -> int:
+        """Which of the cases gives a tensor its value. Raises RecipeError if none fits."""
+        for i, (pattern, _) in enumerate(self.cases):
             if pattern is None or pattern in tensor:
-                return _interpolate(points, depth)
+                return i
         raise RecipeError(
             f"{self.where}: no filter matches '{tensor}' and there is no default; end the list with a bare `value`"
         )
@@ -72,7 +78,9 @@ class Setting:
         """This setting, and the other where no filter of this one matches."""
         if other is None or self.covers_all:
             return self
-        return Setting(cases=self.cases + other.cases, where=self.where or other.where)
+        return Setting(
+            cases=self.cases + other.cases, where=self.where or other.where, origins=self.origins + other.origins
+        )
 
     def unmatched(self, tensors: Iterable[str]) -> tuple[str, ...]:
         """Filters that are part of no tensor's name: nearly always a misspelling."""
@@ -91,7 +99,7 @@ class Setting:
 
 def constant(value: float, where: str = "") -> Setting:
     """The same value for every tensor."""
-    return Setting(cases=((None, (value,)),), where=where)
+    return Setting(cases=((None, (value,)),), where=where, origins=(where,))
 
 
 def _interpolate(points: tuple[float, ...], depth: float) -> float:
@@ -138,13 +146,15 @@ def read_setting(raw: object, parameter: Parameter, where: str, problems: list[s
     elif not entries:
         problems.append(f"{where}: an empty list; give at least one value")
     elif all(mappings):
-        setting = Setting(cases=_read_cases(raw, parameter, where, problems), where=where)
-        return setting if len(problems) == before else None
+        cases = _read_cases(raw, parameter, where, problems)
+        listed = isinstance(raw, (list, tuple))
+        origins = tuple(f"{where}[{i}]" for i in range(len(cases))) if listed else (where,)
+        return Setting(cases=cases, where=where, origins=origins) if len(problems) == before else None
     elif any(mappings):
         problems.append(f"{where}: mixes numbers and {{filter, value}} entries; use one or the other")
     else:
         points = _read_points(raw, parameter, where, problems)
-        return Setting(cases=((None, points),), where=where) if points else None
+        return Setting(cases=((None, points),), where=where, origins=(where,)) if points else None
     return None
 
 

@@ -24,6 +24,7 @@ from ties_dist.planning.options import RunOptions
 from ties_dist.planning.prepare import Job, prepare
 from ties_dist.progress import LogProgress, Progress, Silent
 from ties_dist.recipe.document import RecipeSource, as_source, read_document
+from ties_dist.recipe.parts import read_parts
 from ties_dist.statistics.counts import StatisticsStore
 from ties_dist.storage.local_place import LocalPlace
 from ties_dist.sweeping.shared import Meeting, SharedExecutor
@@ -80,13 +81,13 @@ def variants(values: Mapping[str, Sequence[float]]) -> list[Variant]:
 
 def with_values(document: Mapping[str, object], values: Mapping[str, float]) -> dict[str, object]:
     """The recipe of one variant. Raises RecipeError where a model sets a swept parameter itself."""
-    models = document.get("models")
-    for i, model in enumerate(models if isinstance(models, list) else []):
-        own = model.get("parameters") if isinstance(model, Mapping) else None
+    parts = read_parts(document, [])
+    models = ((s.where, s.entry.get("parameters")) for s in parts.sources if isinstance(s.entry, Mapping))
+    for where, own in (*models, *((place, own) for place, own in parts.scopes if place != "parameters")):
         if stuck := sorted(set(values) & set(own if isinstance(own, Mapping) else ())):
             raise RecipeError(
-                f"models[{i}] sets {' and '.join(stuck)} itself, so a sweep over it would change nothing there. "
-                "Remove it from the model."
+                f"{where} sets {' and '.join(stuck)} itself, so a sweep over it would change nothing there. "
+                "Remove it there."
             )
     parameters = document.get("parameters")
     return {**document, "parameters": {**(parameters if isinstance(parameters, Mapping) else {}), **values}}

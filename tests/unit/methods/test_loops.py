@@ -34,7 +34,16 @@ CHOSEN = [
 
 @pytest.mark.parametrize("least", [1, MOST])
 def test_every_method_of_ours_has_a_loop(least: int) -> None:
-    numbers = {"t": 0.5, "lambda": 1.0, "epsilon": 0.0, "seed": 0, "tensor": 1.0, "weight": 1.0, "density": 0.5}
+    numbers = {
+        "t": 0.5,
+        "scale": 2.0,
+        "lambda": 1.0,
+        "epsilon": 0.0,
+        "seed": 0,
+        "tensor": 1.0,
+        "weight": 1.0,
+        "density": 0.5,
+    }
     found: dict[Method, str | None] = {}
     for method in CHOSEN:
         experts = min(max(least, method.fewest), method.most or MOST)

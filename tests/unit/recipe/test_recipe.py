@@ -18,8 +18,10 @@ from huggingface_hub.utils import filter_repo_objects
 
 from ties_dist.errors import RecipeError
 from ties_dist.methods import known
+from ties_dist.recipe.document import read_document
 from ties_dist.recipe.options import OptionKeywords
 from ties_dist.recipe.recipe import MethodSpec, Options, Parameter, Recipe, Setting, layer_depths, load_recipe
+from ties_dist.recipe.references import Location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,6 @@ DENSITY = Parameter(
     per_tensor=True,
     minimum=0.0,
     maximum=1.0,
-    minimum_exclusive=True,
     note="share of each delta kept",
 )
 WEIGHT = Parameter(name="weight", default=1.0, per_model=True, per_tensor=True)
@@ -259,12 +260,17 @@ def test_mergekits_ties_example_runs_with_tensor_scope(load: Load) -> None:
 
 
 @pytest.mark.usefixtures("hub")
-def test_mergekits_ties_example_needs_tensor_scope_and_says_so(load: Load) -> None:
-    assert problems(load, MERGEKIT_TIES) == [
-        "models[0].parameters.density: varies inside the model, but a whole-model trim has one threshold per expert; "
+def test_mergekits_ties_example_falls_back_to_tensor_scope_and_says_so(load: Load) -> None:
+    recipe = load(MERGEKIT_TIES)
+    assert (recipe.options.trim_scope, recipe.options.tie_policy) == ("tensor", "keep_all")
+    assert (
+        "models[0].parameters.density varies inside the model, so every tensor is trimmed by itself (`trim_scope: "
+        "tensor`): a threshold of the whole model has one density."
+    ) in recipe.notes
+    assert problems(load, MERGEKIT_TIES + "ties_dist: {trim_scope: model}") == [
+        "models[0].parameters.density: varies inside the model, but `trim_scope: model` has one threshold per expert; "
         "give one number, or set `ties_dist: {trim_scope: tensor}`"
     ]
-    assert load(MERGEKIT_TIES, semantics="mergekit").options.trim_scope == "tensor"
 
 
 @pytest.mark.usefixtures("hub")
@@ -468,14 +474,14 @@ def test_wrong_numbers_are_refused_with_their_place(load: Load, value: object, m
 def test_a_density_in_percent_is_refused_with_the_share_that_was_meant(
     load: Load, value: float, suggestion: str
 ) -> None:
-    message = rf"density: {value} is out of range: density is a share in \(0, 1\], .* did you mean {suggestion}\?"
+    message = rf"density: {value} is out of range: density is a share in \[0, 1\], .* did you mean {suggestion}\?"
     with pytest.raises(RecipeError, match=message):
         load(ties(parameters={"density": value}))
 
 
-@pytest.mark.parametrize("value", [0, -0.5, 200, 1.2])
+@pytest.mark.parametrize("value", [-0.5, 200, 1.2])
 def test_a_density_that_is_no_share_is_refused(load: Load, value: float) -> None:
-    with pytest.raises(RecipeError, match=r"is out of range: density is a share in \(0, 1\]$"):
+    with pytest.raises(RecipeError, match=r"is out of range: density is a share in \[0, 1\]$"):
         load(ties(parameters={"density": value}))
 
 
@@ -601,9 +607,11 @@ def test_weights_that_cancel_are_refused_for_a_mean(load: Load) -> None:
     assert load(linear(0.5, -0.5, parameters={"normalize": False})).parameters["normalize"].constant is False
 
 
-def test_a_filtered_density_needs_tensor_scope(load: Load) -> None:
+def test_a_filtered_density_means_tensor_scope(load: Load) -> None:
+    varying = {"density": [{"filter": "mlp", "value": 0.1}, {"value": 0.2}]}
+    assert load(ties(parameters=varying)).options.trim_scope == "tensor"
     with pytest.raises(RecipeError, match=r"parameters\.density: varies inside the model.*trim_scope: tensor"):
-        load(ties(parameters={"density": [{"filter": "mlp", "value": 0.1}, {"value": 0.2}]}))
+        load(ties(parameters=varying, ties_dist={"trim_scope": "model"}))
 
 
 def test_weights_may_vary_under_model_scope(load: Load) -> None:
@@ -742,7 +750,7 @@ def test_allowed_words_are_kept_in_the_recipe_and_change_no_bytes(load: Load) ->
     assert recipe.canonical() == load(ties()).canonical()
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer_source", "tokenizer", "chat_template"])
+@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer", "chat_template"])
 def test_mergekit_features_not_supported_yet_are_refused_by_name(load: Load, key: str) -> None:
     with pytest.raises(RecipeError, match=rf"{key}: a mergekit feature that ties_dist does not support yet"):
         load(ties(**{key: "union"}))
@@ -768,13 +776,7 @@ def test_what_other_tools_write_into_a_recipe_is_said_and_read_over(load: Load) 
         load(ties(outputs_of=1))
 
 
-def test_a_recipe_of_slices_is_refused_for_its_slices_alone(load: Load) -> None:
-    assert problems(load, ties(models=None, slices=[{"sources": []}])) == [
-        "slices: a mergekit feature that ties_dist does not support yet"
-    ]
-
-
-@pytest.mark.parametrize("method", ["nuslerp", "della_linear", "della", "breadcrumbs", "karcher", "passthrough"])
+@pytest.mark.parametrize("method", ["nuslerp", "della_linear", "della", "breadcrumbs", "karcher"])
 def test_mergekit_methods_not_supported_yet_are_refused_by_name(load: Load, method: str) -> None:
     message = rf'merge_method "{method}" is a mergekit method that ties_dist does not support yet'
     with pytest.raises(RecipeError, match=message):
@@ -890,7 +892,7 @@ def test_out_dtype_wins_over_dtype(load: Load) -> None:
         ("? [1, 2]\n: 3\n", r"unhashable key"),
         ("a: 2024-99-99", r"not valid YAML: month must be in 1\.\.12"),
         ("a: \x00", r"not valid YAML"),
-        ("a: 1\n---\nb: 2\n", r"line 2, column 1: expected a single document in the stream"),
+        ("a: 1\n---\nb: 2\n", r"the recipe holds 2 recipes, and one is merged at a time"),
         ("[" * 3000, r"nested too deeply"),
     ],
 )
@@ -1248,3 +1250,137 @@ def test_keywords_of_merge_state_dicts_are_the_options_of_the_block() -> None:
         "allow",
         "companions",
     }  # of which a list will do
+
+
+# --- as people write it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("~/math", "$HOME/math", "${HOME}//math", "math/", ".//math"),
+        *(
+            {"model": {"path": "math"}},
+            {"path": "math"},
+            {"model": "math"},
+            {"model": {"path": "~/math"}, "lora": None},
+        ),
+    ],
+)
+def test_a_model_is_found_however_it_is_spelt(
+    load: Load, root: Path, monkeypatch: pytest.MonkeyPatch, written: object
+) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    (expert,) = load(ties(models=[{"model": written}])).experts
+    assert (expert.model.path.resolve(), expert.model.name) == (root / "math", "math")
+
+
+def test_a_base_in_the_long_form_is_the_same_base(load: Load) -> None:
+    recipe = load(ties(base_model={"model": {"path": "base"}}, models=[{"model": "base"}, {"model": "math"}]))
+    assert [each.model.name for each in recipe.experts] == ["math"]
+
+
+def test_the_long_form_has_a_revision_and_an_adapter(root: Path) -> None:
+    wanted = []
+
+    def fetch(location: Location) -> Path:
+        wanted.append((location.identity, location.adapter and location.adapter.identity))
+        return root / "math"
+
+    long = {"model": {"path": "org//name", "revision": "v1"}, "lora": {"path": "org/lora/"}}
+    with pytest.raises(RecipeError, match=r"'org/lora/' is no PEFT adapter"):
+        load_recipe(linear(1) | {"models": [{"model": long}]}, methods=METHODS, root=root, fetch=fetch)
+    assert wanted[0] == (("org/name", "v1"), ("org/lora", None))
+
+
+@pytest.mark.parametrize("written", [{"model": {"pth": "math"}}, {}, {"path": "math", "revision": 3}, 7])
+def test_what_is_no_model_is_refused(load: Load, written: object) -> None:
+    with pytest.raises(RecipeError, match=r"models\[0\]\.model: must be a path or a hub id, as text; found"):
+        load(ties(models=[{"model": written}]))
+
+
+def test_density_0_alone_leaves_the_expert_out_and_says_so(load: Load) -> None:
+    recipe = load(ties(models=[{"model": "math", "parameters": {"density": 0}}, {"model": "code"}]))
+    assert [each.model.name for each in recipe.experts] == ["code"]
+    assert "models[0]: density 0 keeps nothing of it; the entry is left out." in recipe.notes
+    with pytest.raises(RecipeError, match=r"parameters\.density: 0 for every expert, so that nothing is left to merge"):
+        load(ties(parameters={"density": 0}))
+
+
+def test_density_0_in_a_gradient_is_a_number_like_any_other(load: Load) -> None:
+    (math, _) = load(ties(parameters={"density": [0, 1]})).experts
+    assert [math.parameters["density"].at("w", depth) for depth in (0.0, 0.5)] == [0, 0.5]
+
+
+def test_under_mergekit_keys_that_nobody_knows_are_said_and_read_over(load: Load) -> None:
+    weighted = {"weight": 1, "lamda": 2, "dtype": "float32"}
+    recipe = load(ties(parameters=weighted, dype="float32", normalize=True), semantics="mergekit")
+    assert [note for note in recipe.notes if "nor has it in mergekit" in note] == [
+        "dype has no effect, nor has it in mergekit; did you mean 'dtype'?",
+        "normalize has no effect, nor has it in mergekit; it belongs under `parameters`",
+        "parameters.lamda has no effect, nor has it in mergekit; did you mean 'lambda'?",
+        "parameters.dtype has no effect, nor has it in mergekit; it belongs at the top level",
+    ]
+    with pytest.raises(RecipeError, match=r"parameters\.lamda: unknown key; did you mean 'lambda'\?"):
+        load(ties(parameters=weighted | {"density": 0.2}))
+
+
+def test_a_seed_of_the_command_line_wins_where_there_is_one(root: Path) -> None:
+    seed = Parameter(name="seed", kind="int", default=0)
+    methods = {**METHODS, "random": FakeMethod(parameters=(WEIGHT, seed))}
+    for written in ({}, {"seed": 3}):
+        recipe = load_recipe(ties(merge_method="random", parameters=written), methods=methods, root=root, seed=7)
+        assert recipe.parameters["seed"].constant == 7
+    recipe = load_recipe(ties(), methods=methods, root=root, seed=7)
+    assert "--random-seed has no effect: ties draws no random numbers." in recipe.notes
+
+
+def test_a_method_takes_as_many_models_as_it_says(root: Path) -> None:
+    for fewest, most, wanted in ((1, 1, "1"), (3, None, "at least 3"), (3, 4, "3 to 4")):
+        methods = {"some": FakeMethod(parameters=(), fewest=fewest, most=most)}
+        with pytest.raises(RecipeError, match=f"models: some merges {wanted} besides the base; 2 listed"):
+            load_recipe(ties(merge_method="some", parameters=None), methods=methods, root=root)
+
+
+@pytest.mark.parametrize("listed", [["math"], ["base", "math"], ["math", "base"]])
+def test_a_base_that_is_merged_with_is_no_expert_wherever_it_is_listed(root: Path, listed: list[str]) -> None:
+    methods = {"pair": FakeMethod(parameters=(), operand="both", most=1)}
+    recipe = ties(merge_method="pair", parameters=None, models=[{"model": name} for name in listed])
+    assert [each.model.name for each in load_recipe(recipe, methods=methods, root=root).experts] == ["math"]
+    with pytest.raises(RecipeError, match=r"base_model: missing; pair merges with a base"):
+        load_recipe({**recipe, "base_model": None}, methods=methods, root=root)
+
+
+SEVERAL = """# a family
+name: first
+merge_method: linear
+models: [{model: a}, {model: b}]
+---
+name: first
+merge_method: linear
+models: [{model: first}]
+...
+---
+merge_method: ties
+"""
+
+
+def test_several_recipes_in_a_file_are_named_with_how_to_run_them(tmp_path: Path) -> None:
+    (tmp_path / "my family.yml").write_text(SEVERAL)
+    with pytest.raises(RecipeError, match=r"holds 3 recipes, and one is merged at a time") as caught:
+        read_document(tmp_path / "my family.yml")
+    steps = [line.strip().partition(" && ") for line in str(caught.value).splitlines()[1:]]
+    assert [merge for _, _, merge in steps] == [
+        "ties-dist merge first.yml first",
+        "ties-dist merge first-2.yml first-2",
+        "ties-dist merge recipe-3.yml recipe-3",
+    ]
+    for split, _, merge in steps:  # what is advised is done
+        subprocess.run(split, shell=True, check=True, cwd=tmp_path)
+        assert read_document(tmp_path / merge.split()[2])[0]["merge_method"] in ("linear", "ties")
+    assert read_document(tmp_path / "first-2.yml")[0]["models"] == [{"model": "first"}]
+
+
+@pytest.mark.parametrize("text", ["---\na: 1\n", "a: 1\n---\n", "---\n---\na: 1\n...\n"])
+def test_one_recipe_between_lines_of_dashes_is_one(text: str) -> None:
+    assert read_document(text)[0] == {"a": 1}
