@@ -76,6 +76,8 @@ def _methods() -> Iterator[Check]:
     yield Check(name="dare_ties", method="dare_ties", parameters=density)
     yield Check(name="nearswap", method="nearswap", parameters={"t": 0.01}, weights=(1.0,))
     yield Check(name="passthrough", method="passthrough", parameters={"scale": 0.5}, weights=(1.0,))
+    yield Check(name="slerp", method="slerp", parameters={"t": 0.3}, weights=(1.0,))
+    yield Check(name="model_stock", method="model_stock")
     yield Check(name="fisher", method="fisher")
     yield Check(name="regmean", method="regmean")
 
