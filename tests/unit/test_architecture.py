@@ -14,7 +14,6 @@ PACKAGE = ROOT / "ties_dist"
 
 ROWS = (
     "errors messages dtypes",
-    "declared",
     "kernels thresholds cache",
     "storage methods progress",
     "values",

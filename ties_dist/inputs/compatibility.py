@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from ties_dist.inputs.configs import TEXT_CONFIGS
 from ties_dist.messages import brief
 
 Config = Mapping[str, object]
@@ -62,7 +63,6 @@ _SHAPES: Final = (
 )  # fmt: skip
 """What tensors have their shapes from, the most telling first."""
 
-_TEXT: Final = ("text_config", "llm_config", "language_config")
 _IGNORED: Final = re.compile(
     r"_.*|transformers_version|(torch_)?dtype|architectures|auto_map|use_cache|id2label|label2id|.*dropout.*|.*_pdrop|"
     r"initializer_(range|factor)|.*_init(_value|_std|_range)?|task_specific_params|quantization_config|attn_implementation|"
@@ -153,7 +153,7 @@ def _grade(key: str, base: object, expert: object) -> Grade:
 
 def _kinds(config: Config) -> set[str]:
     """Model types of a config and of its language model's part; those that compute the same have one name."""
-    said = [config, *(part for key in _TEXT if isinstance(part := config.get(key), dict))]
+    said = [config, *(part for key in TEXT_CONFIGS if isinstance(part := config.get(key), dict))]
     # transformers itself spells some in two ways: EvollaModel, glm4v_moe_text as Glm4vMoe_text.
     names = {
         re.sub(r"(_text|Model)$|[_-]", "", str(each["model_type"])).lower() for each in said if each.get("model_type")
@@ -167,11 +167,11 @@ def _kinds(config: Config) -> set[str]:
 def parts(config: Config) -> dict[str, dict[str, object]]:
     """A config by the parts of the model, each in one spelling; the language model is the part without a name."""
     text: dict[str, object] = {}
-    for key in _TEXT:
+    for key in TEXT_CONFIGS:
         if isinstance(part := config.get(key), dict):
             text |= part
-    inner = {k: v for k, v in config.items() if isinstance(v, dict) and _is_part(k, v) and k not in _TEXT}
-    own = {k: v for k, v in config.items() if k not in inner and k not in _TEXT}
+    inner = {k: v for k, v in config.items() if isinstance(v, dict) and _is_part(k, v) and k not in TEXT_CONFIGS}
+    own = {k: v for k, v in config.items() if k not in inner and k not in TEXT_CONFIGS}
     found = {"": _spelt({**own, **text})}
     for name, part in inner.items():
         found |= {f"{name}.{deeper}".strip("."): values for deeper, values in parts(part).items()}

@@ -8,7 +8,9 @@ from typing import Final
 Config = Mapping[str, object] | None
 
 _KEY: Final = "tie_word_embeddings"
-TEXT_CONFIGS: Final = ("text_config", "llm_config", "language_config", "decoder")
+TEXT_CONFIGS: Final = ("text_config", "llm_config", "language_config")
+_PARTS: Final = (*TEXT_CONFIGS, "decoder")
+"""Of models that are encoder and decoder the latter is the language model, as far as a head goes."""
 _SCALED_BY_TYING: Final = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop"})
 """Families that multiply what their decoder gives by d_model ** -0.5 where config.json says that weights are tied."""
 
@@ -17,7 +19,7 @@ def configs(config: Config) -> Iterator[Mapping[str, object]]:
     """config.json and, for multimodal models, the language model's part of it."""
     config = config or {}
     yield config
-    for key in TEXT_CONFIGS:
+    for key in _PARTS:
         if isinstance(part := config.get(key), dict):
             yield part
 
@@ -30,7 +32,7 @@ def says_tied(config: Config) -> bool | None:
 
 def untied(config: Mapping[str, object]) -> dict[str, object]:
     """The same, but that no part of it is tied: where one says nothing, its class may tie by default."""
-    parts = {key: part for key in TEXT_CONFIGS if isinstance(part := config.get(key), dict)}
+    parts = {key: part for key in _PARTS if isinstance(part := config.get(key), dict)}
     return {**config, **{k: {**p, _KEY: False} for k, p in parts.items()}, _KEY: False}
 
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import translate
 from typing import Final, Literal
 
 from ties_dist.checkpoints.catalogue import Checkpoint
@@ -23,7 +22,7 @@ from ties_dist.errors import CheckpointError
 from ties_dist.inputs.aliases import Aliases
 from ties_dist.inputs.configs import configs, says_tied
 from ties_dist.inputs.equality import same_numbers
-from ties_dist.inputs.names import is_head, is_vocabulary
+from ties_dist.inputs.names import hits, is_head, is_vocabulary
 from ties_dist.inputs.remedies import Kind, Mismatch, remedies
 from ties_dist.messages import listing, show
 
@@ -161,12 +160,11 @@ class _Comparison:
 
     def apply_exclude(self, patterns: Iterable[str]) -> None:
         for pattern in patterns:
-            match = re.compile(translate(pattern)).match
-            hits = {name for name in self.names if match(name)}
-            if not hits:
+            matched = hits(pattern, self.names)
+            if not matched:
                 self.problems.append(f"exclude: '{pattern}' matches no tensor{_nearest(pattern, self.names)}.")
                 self.advice["Patterns of `exclude` are globs over whole names: '*.bias', 'model.layers.0.*'."] = None
-            self.excluded |= hits
+            self.excluded |= matched
 
     def refuse_quantised(self) -> None:
         """Numbers whose meaning is in other tensors. By what is stored: a config's word may be left over.

@@ -31,7 +31,7 @@ NO_EMBEDDING: Final = len(_EMBEDDINGS)
 def embedding_rank(name: str) -> int:
     """How good a name for a token embedding it is, 0 best; `NO_EMBEDDING` where it is none."""
     match = _EMBEDDING.search(name)
-    return _EMBEDDINGS.index(match[1]) if match and not _NUMBERED.search(name) else NO_EMBEDDING
+    return _EMBEDDINGS.index(match[1]) if match and not is_numbered(name) else NO_EMBEDDING
 
 
 def is_embedding(name: str) -> bool:
@@ -40,18 +40,25 @@ def is_embedding(name: str) -> bool:
 
 def is_head(name: str) -> bool:
     """Of a language model: what makes scores of tokens."""
-    return bool(_HEAD.search(name)) and not _NUMBERED.search(name)
+    return bool(_HEAD.search(name)) and not is_numbered(name)
 
 
 def is_vocabulary(name: str) -> bool:
     """Whether it has a row, or an entry, per token."""
-    return is_embedding(name) or is_head(name) or (bool(_HEAD_BIAS.search(name)) and not _NUMBERED.search(name))
+    return is_embedding(name) or is_head(name) or (bool(_HEAD_BIAS.search(name)) and not is_numbered(name))
+
+
+def is_numbered(name: str) -> bool:
+    """Whether it is of one layer, or expert, of several."""
+    return bool(_NUMBERED.search(name))
+
+
+def hits(glob: str, names: Collection[str]) -> set[str]:
+    """Those that a glob is of, whole."""
+    match = re.compile(translate(glob)).match
+    return {name for name in names if match(name)}
 
 
 def matching(patterns: Iterable[str], names: Collection[str]) -> set[str]:
     """Those that one of the globs is of, whole."""
-    found: set[str] = set()
-    for pattern in patterns:
-        match = re.compile(translate(pattern)).match
-        found |= {name for name in names if match(name)}
-    return found
+    return {name for pattern in patterns for name in hits(pattern, names)}

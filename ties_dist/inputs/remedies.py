@@ -9,16 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import translate
 from typing import Final, Literal
 
+from ties_dist.inputs.names import hits, is_numbered
 from ties_dist.messages import show
 
 Kind = Literal["shape", "rows", "empty", "missing", "extra", "float64", "dtype", "non_float", "scales"]
 
 _BUFFER: Final = re.compile(r"(^|\.)(inv_freq|rotary_emb\.\w+|attn\.masked_bias|attention\.masked_bias|masked_bias)$")
 _MASK: Final = re.compile(r"(^|\.)(attn|attention)\.bias$")
-_NUMBERED: Final = re.compile(r"(^|\.)\d+\.")
 _GLOBS: Final = 4
 _FEW: Final = 0.5
 """Share of all tensors from which on two models are no fine-tunes of one another, whatever is excluded."""
@@ -101,7 +100,7 @@ def _may_be_left_out(rest: Sequence[Mismatch], names: Collection[str], vocabular
     return (
         all(each.kind in ("missing", "extra") for each in rest)
         and len(left_out) < _FEW * len(names)
-        and not any(_NUMBERED.search(name) for name in left_out)
+        and not any(map(is_numbered, left_out))
         and left_out.isdisjoint(vocabulary)
     )
 
@@ -119,11 +118,10 @@ def shortest_globs(wanted: Collection[str], names: Collection[str]) -> list[str]
         if len(found) == _GLOBS:
             return None
         for glob in _globs(name):
-            match = re.compile(translate(glob)).match
-            hits = {each for each in names if match(each)}
-            if hits <= set(wanted):
+            matched = hits(glob, names)
+            if matched <= set(wanted):
                 found.append(glob)
-                covered |= hits
+                covered |= matched
                 break
     return found
 

@@ -1,9 +1,9 @@
 """What a merge method is: a frozen dataclass whose fields are its options, and one elementwise function.
 
-The function is plain torch and loops over experts in recipe order: a stacked `sum` changes bits with the slice
-width. Everything numeric enters through the state, so that one compiled kernel serves every tensor of a
-model. A method knows nothing of files, units or recipes. Ours import torch where they merge, not before: a merge whose
-kernel is on disk never loads it.
+The function is plain torch and loops over experts in recipe order: a stacked `sum` changes bits with the slice width.
+Everything numeric enters through the state, so that one compiled kernel serves every tensor of a model. A method knows
+nothing of files, units or recipes. Ours import torch where they merge, not before: a merge whose kernel is kept never
+loads it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from ties_dist.methods.base import INT8_MASK, WEIGHT, Cut, Method, State, count, float32, total, weighted_sum
+from ties_dist.methods.base import INT8_MASK, WEIGHT, Cut, Method, Operand, State, count, float32, total, weighted_sum
 from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Fisher(Method):
     name: ClassVar[str] = "fisher"
     summary: ClassVar[str] = "mean of the models, each entry weighed by its Fisher information"
-    operand: ClassVar[Literal["delta", "weight"]] = "weight"
+    operand: ClassVar[Operand] = "weight"
     statistics: ClassVar[Literal["fisher", "gram"] | None] = "fisher"
     parameters: ClassVar[tuple[Parameter, ...]] = (
         WEIGHT,

@@ -7,9 +7,9 @@ import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 
-from ties_dist.declared import misdeclared
 from ties_dist.errors import RecipeError
 from ties_dist.methods.base import Method
+from ties_dist.methods.declared import misdeclared
 from ties_dist.methods.outside import last_line
 
 PACKAGE = __name__.rpartition(".")[0]

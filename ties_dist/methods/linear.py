@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ties_dist.methods.base import INT8_MASK, WEIGHT, Cut, Method, State, float32, total, weighted_sum
+from ties_dist.methods.base import INT8_MASK, WEIGHT, Cut, Method, Operand, State, float32, total, weighted_sum
 from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Linear(Method):
     name: ClassVar[str] = "linear"
     summary: ClassVar[str] = "weighted mean of the models; equal weights are plain averaging"
-    operand: ClassVar[Literal["delta", "weight"]] = "weight"
+    operand: ClassVar[Operand] = "weight"
     parameters: ClassVar[tuple[Parameter, ...]] = (
         WEIGHT,
         Parameter(name="normalize", kind="bool", default=True, note="false: weighted sum"),

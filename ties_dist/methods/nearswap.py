@@ -44,7 +44,7 @@ class NearSwap(Method):
     ) -> tuple[Tensor, list[Tensor]]:
         import torch
 
-        other = operands[0]
+        (other,) = operands
         difference = (base - other).abs()
         # As torch divides a number by a tensor, and so mergekit: by the reciprocal, which rounds once more.
         one = torch.ones_like(base)

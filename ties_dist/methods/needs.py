@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ties_dist.declared import misdeclared
+from ties_dist.methods.declared import misdeclared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from ties_dist.methods.base import Cut, Method, State, float32
+from ties_dist.methods.base import Cut, Method, Operand, State, float32
 from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Passthrough(Method):
     name: ClassVar[str] = "passthrough"
     summary: ClassVar[str] = "one model as it is, times a scale"
-    operand: ClassVar[Literal["delta", "weight"]] = "weight"
+    operand: ClassVar[Operand] = "weight"
     most: ClassVar[int | None] = 1
     parameters: ClassVar[tuple[Parameter, ...]] = (
         Parameter(name="scale", default=1.0, per_model=True, per_tensor=True, note="factor of the weights"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, Method, State, float32, total, weighted_sum
+from ties_dist.methods.base import INT8_MASK, LAMBDA, WEIGHT, Cut, Method, Operand, State, float32, total, weighted_sum
 from ties_dist.methods.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TaskArithmetic(Method):
     name: ClassVar[str] = "task_arithmetic"
     summary: ClassVar[str] = "base + lambda * weighted sum of deltas; negative weights welcome"
-    operand: ClassVar[Literal["delta", "weight"]] = "delta"
+    operand: ClassVar[Operand] = "delta"
     parameters: ClassVar[tuple[Parameter, ...]] = (
         WEIGHT,
         LAMBDA,

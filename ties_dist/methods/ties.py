@@ -17,6 +17,7 @@ from ties_dist.methods.base import (
     WEIGHT,
     Cut,
     Method,
+    Operand,
     State,
     count,
     density,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 class Ties(Method):
     name: ClassVar[str] = "ties"
     summary: ClassVar[str] = "trim each delta to its largest entries, elect a sign per parameter, average what agrees"
-    operand: ClassVar[Literal["delta", "weight"]] = "delta"
+    operand: ClassVar[Operand] = "delta"
     parameters: ClassVar[tuple[Parameter, ...]] = (
         density("share of each delta kept, [0, 1]; the paper's is 0.2"),
         WEIGHT,

@@ -115,10 +115,8 @@ def _check_holder(out: OutFolder, job: Job) -> None:
     out.check_strays(job.plan.layout)
     strange = out.holds_model() and not out.is_begun() and not out.lacks_files()
     if not options.overwrite and (done is not None or strange):
-        manifest, what = (
-            out.manifest(),
-            "the finished model of another merge (other recipe, inputs or --max-shard-size)",
-        )
+        manifest = out.manifest()
+        what = "the finished model of another merge (other recipe, inputs or --max-shard-size)"
         if manifest is not None and manifest.semantics_version != SEMANTICS_VERSION:
             what = f"a finished model of another version of ties_dist ({_versions(manifest.semantics_version)})"
         what = what if done else "model files that no finished merge left"

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from ties_dist.compiler.kernel import eager_reason, shapes
-from ties_dist.declared import unfit
 from ties_dist.errors import RecipeError
 from ties_dist.messages import nearest
 from ties_dist.methods.base import Cut, Found, Method, State, float32
+from ties_dist.methods.declared import unfit
 from ties_dist.methods.needs import ONE, MajoritySign, Needs, Product, Sums, TrimRule
 from ties_dist.methods.outside import asking, defined, is_ours
 from ties_dist.planning.plan import MergePlan

@@ -15,9 +15,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from ties_dist.cache import KERNELS, cache_folder
 from ties_dist.compiler.kinds import KernelKind
-from ties_dist.declared import unfit
 from ties_dist.errors import PlanError
 from ties_dist.messages import readable
+from ties_dist.methods.declared import unfit
 from ties_dist.storage.base import Backend
 
 ExecutorName = Literal["auto", "local", "ray"]

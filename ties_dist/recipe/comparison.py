@@ -63,7 +63,7 @@ def _other_arithmetic(draft: Draft) -> Iterator[str]:
         yield "merge base_model, too, with the global weight, and refuse it where there is none"
     if draft.method.startswith("dare_"):
         yield "draw other random numbers, and other ones each time unless `--random-seed` is given"
-        if draft.parameters["rescale"].constant:
+        if draft.parameters["rescale"].constant and options.rescale_by == "density":
             yield "rescale what is left of a tensor to the sum of magnitudes it had, not by 1/density"
     arithmetic = "the type that the models are stored in" if draft.dtype is None else draft.dtype
     if draft.dtype != "float32" and draft.method != "passthrough":

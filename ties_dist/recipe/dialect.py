@@ -151,7 +151,7 @@ def _count(draft: Draft, spec: MethodSpec) -> None:
     if found < spec.fewest or found > (spec.most or found):
         wanted = f"at least {spec.fewest}" if spec.most is None else f"{spec.fewest} to {spec.most}"
         wanted = str(spec.most) if spec.most == spec.fewest else wanted
-        besides = " besides the base" if spec.operand != "weight" else ""
+        besides = " besides the base" if draft.on_base else ""
         draft.problems.append(f"models: {draft.method} merges {wanted}{besides}; {found} listed")
 
 

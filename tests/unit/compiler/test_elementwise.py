@@ -329,7 +329,6 @@ def test_the_code_that_names_a_kept_kernel_is_all_that_a_loop_follows_from() -> 
         file = waiting.pop()
         needed.add(file)
         waiting |= {modules()[name] for name in imports(file) if name in modules()} - needed
-    # Of views and spans there are protocols here, and who decodes, or keeps a loop, is no part of it; nor is what was
-    # misspelt.
-    apart = {"errors.py", "messages.py", "declared.py", "storage/base.py", "storage/private.py", "values/views.py"}
+    # Of views and spans there are protocols here, and who decodes, or keeps a loop, is no part of it; nor are messages.
+    apart = {"errors.py", "messages.py", "storage/base.py", "storage/private.py", "values/views.py"}
     assert {str(file.relative_to(PACKAGE)) for file in needed - covered} == apart

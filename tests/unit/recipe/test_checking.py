@@ -139,6 +139,7 @@ def one_of(method: str, *models: str, **top: Any) -> dict[str, Any]:
         (one_of("linear", "a", dtype="bfloat16"), None, ["do its arithmetic in bfloat16, not in float32"]),
         (one_of("linear", "a"), None, ["do its arithmetic in the type that the models are stored in, not in float32"]),
         (DARE | {"dtype": "float32"}, None, [RANDOM, L1]),
+        (DARE | {"dtype": "float32"}, "mergekit", [RANDOM]),  # rescales so, too
         (DARE | {"dtype": "float32", "parameters": {"density": 0.5, "rescale": False}}, None, [RANDOM]),
         (
             one_of("ties", "m", base_model="b", dtype="float32", parameters={"density": 0.5}),
