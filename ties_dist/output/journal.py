@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -147,7 +148,7 @@ def read_journals(place: Place, run: str, counters: Sequence[str] | None = None)
             if digest(text)[:16].encode() != checksum:
                 continue
             with suppress(ValidationError):  # of a later version, or never written by us
-                _take(record, _FACT.validate_json(text), counters)
+                _take(record, _facts().validate_json(text), counters)
     if record.unreadable:
         logger.warning(
             "%d merged ranges in the journal have the counts of another version: they are merged again, with the same "
@@ -265,4 +266,9 @@ class PublishingFact(Document):
 
 
 Fact = MergedFact | CutsFact | SumsFact | ThresholdsFact | PublishingFact
-_FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
+
+
+@cache
+def _facts() -> TypeAdapter[Fact]:
+    """Made where a journal is read: it takes milliseconds that a merge which finds none does not spend."""
+    return TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
