@@ -50,20 +50,25 @@ def linked(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 def _places(name: str) -> Iterator[tuple[tuple[object, ...], int]]:
     """Which parameter of which group a name is of, and its rank in the group."""
-    for number, rank, pattern in _patterns().get(_tail(name), ()):
-        if match := pattern.fullmatch(name):
+    for number, rank, listed in _by_tail().get(_tail(name), ()):
+        if match := _pattern(listed).fullmatch(name):
             yield (number, *match.groups()), rank
 
 
 @cache
-def _patterns() -> Mapping[str, Sequence[tuple[int, int, re.Pattern[str]]]]:
-    """By the last two words of a name: hardly any of a model's names is looked at twice."""
-    found: dict[str, list[tuple[int, int, re.Pattern[str]]]] = defaultdict(list)
+def _by_tail() -> Mapping[str, Sequence[tuple[int, int, str]]]:
+    """The table's names by their last two words: hardly any of a model's names is looked at twice."""
+    found: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for number, group in enumerate(groups()):
         for rank, name in enumerate(group.names):
-            pattern = re.escape(name).replace(r"\*", r"\d+").replace(r"\{\}", r"(\d+)")
-            found[_tail(name)].append((number, rank, re.compile(_WORDS + pattern)))
+            found[_tail(name)].append((number, rank, name))
     return found
+
+
+@cache
+def _pattern(listed: str) -> re.Pattern[str]:
+    """Of a name of the table. Made where it is asked for: all of them would take 25 ms of every start."""
+    return re.compile(_WORDS + re.escape(listed).replace(r"\*", r"\d+").replace(r"\{\}", r"(\d+)"))
 
 
 def _tail(name: str) -> str:
