@@ -141,7 +141,8 @@ def test_the_report_survives_a_kill_and_no_process_is_left(number: signal.Signal
     options = ["--stand-in", "--scale", "tiny", "--parts", "machine,bits", "--patience", "20"]
     process = subprocess.Popen([*command, *options], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: (tmp_path / "report.json").exists() and bool(found_in(tmp_path)["bits"]["tables"]))
+        told = tmp_path / "report.md"  # written after report.json
+        wait_until(lambda: told.exists() and "Merges on both devices" in told.read_text())
         group = part_of(process.pid)
         process.send_signal(number)
         process.wait(20)
